@@ -1,0 +1,111 @@
+/* What an instruction set offers to the loops over rows: the row kernels, once for each arithmetic. */
+#ifndef OPDC_KERNELS_H
+#define OPDC_KERNELS_H
+
+#include <stdint.h>
+
+#include "dtypes.h"
+#include "opdc.h"
+
+/* What is summed over the ids of a row, and the shape of its gradient (rules.h). */
+typedef enum element_rule {
+  element_none,
+  element_reverse_kl,
+  element_forward_kl,
+  element_jsd,
+  element_skew_forward,
+  element_skew_reverse,
+  element_entropy
+} element_rule;
+
+/* How a few numbers of the row become a loss (rules.h). */
+typedef enum token_rule {
+  token_divergence,
+  token_policy,
+  token_k2,
+  token_k3,
+  token_logprob,
+  token_entropy
+} token_rule;
+
+/* The constants of a call. */
+typedef struct row_call {
+  element_rule element;
+  token_rule token;
+  double temperature, mixture, clip_low, clip_high, reward_scale;
+  opdc_advantage advantage;
+  int64_t width;      /* V */
+  int64_t vocabulary; /* ids in use, at most V */
+  dtype student_type, teacher_type;
+  int has_old, has_reference;
+  int log_ratio, reverse_kl, forward_kl, entropy; /* wanted, for the loss or as metrics; the KLs need the exact log-ratio */
+} row_call;
+
+/* One position. */
+typedef struct row_input {
+  const void *student, *teacher; /* teacher may be NULL */
+  int64_t token;                 /* -1: none */
+  double teacher_logprob, old_logprob, reference_logprob;
+} row_input;
+
+/* Mass of a row: the largest logit, and the sum of the exponentials of all the others relative to it. Keeping that one apart (it is exactly
+ * 1) keeps log p and 1 - p of a confident row exact, where one sum would round the rest away. */
+typedef struct mass {
+  double maximum; /* -inf: no id at all, and then rest = -1 */
+  double rest;    /* sum of exp((x - maximum) / T) = 1 + rest */
+  double moment;  /* sum of (x - maximum) / T exp((x - maximum) / T), at most 0 */
+  double index;   /* the first id at the maximum */
+} mass;
+
+/* What is known of a position after its loss: opdc.h says how long it lives. Doubles only. */
+typedef struct row {
+  mass student, teacher;
+  double log_ratio;  /* log-sum-exp of student / T minus that of teacher / T, correct to a rounding of their difference */
+  double reverse_kl, forward_kl;
+  double mean;             /* what the gradient of the element rule subtracts: its sum over ids */
+  double divergence;       /* the element rule's value */
+  double token_logprob;    /* s_y */
+  double token_rest;       /* 1 - p_y */
+  double token_log_ratio;  /* R = log q_y - log p_y */
+  double advantage;        /* A, before and after discounting */
+  double loss;
+  double divergence_coefficient, token_coefficient; /* the gradient is (a (u - p sum u) + b (1[j = y] - p)) / T */
+  double clipped;
+  double student_entropy, teacher_entropy, k3; /* metrics that need more than a product */
+  double unused[2];
+  double active;                               /* 1, or 0: nothing else here is meant */
+  double factor;                               /* weight over denominator: the share of the loss in the value */
+} row;
+_Static_assert(sizeof(row) == OPDC_ROW * sizeof(double), "a row is OPDC_ROW doubles");
+
+/* `derivatives` is room for one number of the arithmetic for each id, and DERIVATIVES_PADDING more: the derivatives u of a mixture divergence, which cost as much as the
+ * sums and come with them. NULL where no gradient follows, or the element rule needs none (needs_derivatives). */
+typedef struct row_kernels {
+  /* everything that takes a pass over the row, and the advantage */
+  void (*measure)(const row_call *call, const row_input *input, row *out, void *derivatives);
+  /* the token rule: loss and gradient coefficients from what was measured */
+  void (*settle)(const row_call *call, const row_input *input, row *out);
+  /* the derivatives of a row that was measured before */
+  void (*derive)(const row_call *call, const row_input *input, const row *from, void *derivatives);
+  /* factor times the gradient row; `to` may be the student's row */
+  void (*gradient)(const row_call *call, const row_input *input, const row *from, double factor, const void *derivatives,
+                   void *to);
+  /* to = factor * from */
+  void (*scale)(const void *from, dtype type, int64_t count, double factor, void *to);
+} row_kernels;
+
+#define DERIVATIVES_PADDING 16
+
+static inline int needs_derivatives(element_rule rule) {
+  return rule == element_jsd || rule == element_skew_forward || rule == element_skew_reverse;
+}
+
+typedef struct instruction_set {
+  const char *name;
+  row_kernels f32, f64;
+} instruction_set;
+
+/* The instruction set of all calls; NULL, with the error filled, when OPDC_ISA asks for what is not there. */
+const instruction_set *instruction_set_in_use(opdc_error *error);
+
+#endif

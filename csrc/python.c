@@ -1,0 +1,490 @@
+/* The module opdc._C: tensors come in through DLPack, exceptions go out. No arithmetic and no
+ * memory of its own; what each function means is said in opdc.h.
+ *
+ * Tensors are borrowed for the length of a call. The caller's arguments hold the references, and
+ * shapes and strides are copied before the GIL is released: a thread that reshapes a tensor
+ * meanwhile cannot lead a kernel outside of what was checked. */
+#include <limits.h>
+#include <Python.h>
+#include <stdbool.h>
+
+#include "opdc.h"
+
+enum { MAX_AXES = 64 }; /* neither torch nor NumPy has more */
+
+typedef struct module_state {
+  PyObject *exchange_api_name; /* "__dlpack_c_exchange_api__" */
+  PyObject *dlpack_name;       /* "__dlpack__" */
+  PyObject *no_arguments;      /* () */
+  PyObject *dlpack_keywords;   /* {"max_version": (1, 3)} */
+} module_state;
+
+/* ------------------------------------------------------------ tensors */
+
+typedef struct parameter {
+  const char *name;
+  bool optional; /* None is allowed */
+  bool written;
+} parameter;
+
+typedef struct tensor {
+  DLTensor view; /* its shape and strides are the copies below */
+  bool given;
+  DLManagedTensorVersioned *owner; /* of an export by __dlpack__, NULL otherwise */
+  DLManagedTensor *old_owner;      /* the same from a producer older than DLPack 1.0 */
+  int64_t shape[MAX_AXES];
+  int64_t strides[MAX_AXES];
+} tensor;
+
+static const DLTensor *view_of(const tensor *t) { return t->given ? &t->view : NULL; }
+
+/* Producers' deleters run Python code: only with the GIL, and with no exception in flight. */
+static void give_back(tensor *tensors, int count) {
+  PyObject *type, *value, *traceback;
+  PyErr_Fetch(&type, &value, &traceback);
+  for (int i = 0; i < count; ++i) {
+    if (tensors[i].owner && tensors[i].owner->deleter) tensors[i].owner->deleter(tensors[i].owner);
+    if (tensors[i].old_owner && tensors[i].old_owner->deleter)
+      tensors[i].old_owner->deleter(tensors[i].old_owner);
+  }
+  PyErr_Restore(type, value, traceback);
+}
+
+/* Replaces the exception in flight by a TypeError that names the argument and keeps the cause. */
+static int refuse_export(const char *name) {
+  PyObject *type, *cause, *traceback;
+  PyErr_Fetch(&type, &cause, &traceback);
+  PyErr_NormalizeException(&type, &cause, &traceback);
+  PyErr_Format(PyExc_TypeError,
+               "%s cannot be read as a tensor in memory: %S; pass a plain, dense tensor", name,
+               cause ? cause : Py_None);
+  PyObject *new_type, *error, *new_traceback;
+  PyErr_Fetch(&new_type, &error, &new_traceback);
+  PyErr_NormalizeException(&new_type, &error, &new_traceback);
+  if (error && cause) PyException_SetCause(error, Py_NewRef(cause));
+  PyErr_Restore(new_type, error, new_traceback);
+  Py_XDECREF(type);
+  Py_XDECREF(cause);
+  Py_XDECREF(traceback);
+  return -1;
+}
+
+/* The exchange table of the object's type; NULL, without an exception, if it has no usable one. */
+static const DLPackExchangeAPI *exchange_api_of(const module_state *state, PyObject *object) {
+  PyObject *capsule = PyObject_GetAttr((PyObject *)Py_TYPE(object), state->exchange_api_name);
+  const DLPackExchangeAPI *api = NULL;
+  if (capsule && PyCapsule_IsValid(capsule, "dlpack_exchange_api"))
+    api = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
+  Py_XDECREF(capsule); /* the table itself lives as long as the process */
+  PyErr_Clear();
+  bool usable = api && api->header.version.major == DLPACK_MAJOR_VERSION &&
+                api->dltensor_from_py_object_no_sync;
+  return usable ? api : NULL;
+}
+
+static PyObject *call_dlpack(const module_state *state, PyObject *method) {
+  PyObject *capsule = PyObject_Call(method, state->no_arguments, state->dlpack_keywords);
+  if (capsule || !PyErr_ExceptionMatches(PyExc_TypeError)) return capsule;
+  PyErr_Clear(); /* older than the keyword */
+  return PyObject_Call(method, state->no_arguments, NULL);
+}
+
+/* Takes the ownership out of a capsule: its name is changed so that its destructor does nothing. */
+static int open_capsule(PyObject *capsule, const parameter *wanted, tensor *out) {
+  if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
+    out->owner = PyCapsule_GetPointer(capsule, "dltensor_versioned");
+    if (PyCapsule_SetName(capsule, "used_dltensor_versioned") < 0) return -1;
+    if (out->owner->version.major != DLPACK_MAJOR_VERSION) {
+      PyErr_Format(PyExc_TypeError, "%s comes in DLPack version %u, expected %d", wanted->name,
+                   (unsigned)out->owner->version.major, DLPACK_MAJOR_VERSION);
+      return -1;
+    }
+    if (wanted->written && (out->owner->flags & DLPACK_FLAG_BITMASK_READ_ONLY)) {
+      PyErr_Format(PyExc_ValueError, "%s is written to but it is read-only: pass a writable copy",
+                   wanted->name);
+      return -1;
+    }
+    out->view = out->owner->dl_tensor;
+    return 0;
+  }
+  if (PyCapsule_IsValid(capsule, "dltensor")) {
+    out->old_owner = PyCapsule_GetPointer(capsule, "dltensor");
+    if (PyCapsule_SetName(capsule, "used_dltensor") < 0) return -1;
+    out->view = out->old_owner->dl_tensor;
+    return 0;
+  }
+  PyErr_Format(PyExc_TypeError, "%s: its __dlpack__ returned no unused DLPack capsule",
+               wanted->name);
+  return -1;
+}
+
+static int export_by_protocol(const module_state *state, PyObject *object, const parameter *wanted,
+                              tensor *out) {
+  PyObject *method = PyObject_GetAttr(object, state->dlpack_name);
+  if (!method) {
+    if (!PyErr_ExceptionMatches(PyExc_AttributeError)) return refuse_export(wanted->name);
+    PyErr_Clear();
+    PyObject *type_name = PyType_GetName(Py_TYPE(object));
+    if (type_name)
+      PyErr_Format(PyExc_TypeError, "%s must be a tensor, got %U", wanted->name, type_name);
+    Py_XDECREF(type_name);
+    return -1;
+  }
+  PyObject *capsule = call_dlpack(state, method);
+  Py_DECREF(method);
+  if (!capsule) return refuse_export(wanted->name);
+  int failed = open_capsule(capsule, wanted, out);
+  Py_DECREF(capsule);
+  return failed;
+}
+
+/* `out` is always left in a state that give_back accepts. */
+static int borrow(const module_state *state, PyObject *object, const parameter *wanted,
+                  tensor *out) {
+  out->given = false;
+  out->owner = NULL;
+  out->old_owner = NULL;
+  if (object == Py_None && wanted->optional) return 0;
+
+  const DLPackExchangeAPI *api = exchange_api_of(state, object);
+  if (api) {
+    if (api->dltensor_from_py_object_no_sync(object, &out->view) != 0)
+      return refuse_export(wanted->name);
+  } else if (export_by_protocol(state, object, wanted, out) < 0) {
+    return -1;
+  }
+
+  DLTensor *view = &out->view;
+  if (view->ndim < 0 || view->ndim > MAX_AXES) {
+    PyErr_Format(PyExc_ValueError, "%s has %d axes, at most %d are possible", wanted->name,
+                 (int)view->ndim, (int)MAX_AXES);
+    return -1;
+  }
+  for (int axis = 0; axis < view->ndim; ++axis) {
+    out->shape[axis] = view->shape[axis];
+    if (view->strides) out->strides[axis] = view->strides[axis];
+  }
+  view->shape = out->shape;
+  if (view->strides) view->strides = out->strides;
+  out->given = true;
+  return 0;
+}
+
+/* ------------------------------------------------------------ numbers and errors */
+
+static int read_integer(PyObject *object, const char *name, long long lowest, long long highest,
+                        long long *out) {
+  long long value = PyLong_AsLongLong(object);
+  if (value == -1 && PyErr_Occurred()) {
+    if (PyErr_ExceptionMatches(PyExc_OverflowError)) {
+      PyErr_Clear();
+      PyErr_Format(PyExc_ValueError, "%s is %R, beyond 64 bits", name, object);
+    }
+    return -1;
+  }
+  if (value < lowest || value > highest) {
+    PyErr_Format(PyExc_ValueError, "%s is %lld, expected %lld to %lld", name, value, lowest,
+                 highest);
+    return -1;
+  }
+  *out = value;
+  return 0;
+}
+
+static int read_int(PyObject *object, const char *name, int lowest, int *out) {
+  long long value;
+  if (read_integer(object, name, lowest, INT_MAX, &value) < 0) return -1;
+  *out = (int)value;
+  return 0;
+}
+
+static int read_method(PyObject *object, opdc_method *out) {
+  const char *name = PyUnicode_AsUTF8AndSize(object, NULL);
+  if (!name) return -1;
+  *out = opdc_method_of(name);
+  if (*out >= 0) return 0;
+  PyErr_Format(PyExc_ValueError, "method is %R, which is none of opdc._C.methods()", object);
+  return -1;
+}
+
+static PyObject *none_or_error(opdc_status status, const opdc_error *error) {
+  if (status == OPDC_OK) Py_RETURN_NONE;
+  PyErr_SetString(status == OPDC_INVALID_TYPE ? PyExc_TypeError : PyExc_ValueError, error->message);
+  return NULL;
+}
+
+static int expect_arguments(const char *function, Py_ssize_t count, Py_ssize_t wanted) {
+  if (count == wanted) return 0;
+  PyErr_Format(PyExc_TypeError, "%s takes %zd positional arguments, got %zd", function, wanted,
+               count);
+  return -1;
+}
+
+/* ------------------------------------------------------------ functions */
+
+/* The first arguments of loss and gradient: the method, the tensors that go in, three integers. */
+static const parameter CALL_TENSORS[] = {
+    {"student", false, false},     {"teacher", true, false},
+    {"tokens", true, false},       {"mask", true, false},
+    {"weights", true, false},      {"teacher_logprobs", true, false},
+    {"old_logprobs", true, false}, {"reference_logprobs", true, false},
+    {"settings", false, false},
+};
+enum {
+  CALL_TENSOR_COUNT = sizeof CALL_TENSORS / sizeof CALL_TENSORS[0],
+  CALL_ARGUMENTS = 1 + CALL_TENSOR_COUNT + 3
+};
+
+/* All tensors of one call of loss or gradient: first those of CALL_TENSORS, then its own. */
+typedef struct borrowed {
+  tensor tensors[CALL_TENSOR_COUNT + 4];
+  int count; /* to be given back */
+} borrowed;
+
+static int borrow_all(const module_state *state, PyObject *const *objects, const parameter *wanted,
+                      int count, borrowed *b) {
+  for (int i = 0; i < count; ++i) {
+    tensor *next = &b->tensors[b->count++];
+    if (borrow(state, objects[i], &wanted[i], next) < 0) return -1;
+  }
+  return 0;
+}
+
+static int read_call(const module_state *state, PyObject *const *arguments, borrowed *b,
+                     opdc_call *call) {
+  long long advantage, valid_vocab, reduction;
+  PyObject *const *integers = arguments + 1 + CALL_TENSOR_COUNT;
+  if (read_method(arguments[0], &call->method) < 0 ||
+      read_integer(integers[0], "reduction", OPDC_NONE, OPDC_SEQ_MEAN, &reduction) < 0 ||
+      read_integer(integers[1], "advantage", OPDC_ADVANTAGE_OLD, OPDC_ADVANTAGE_CURRENT,
+                   &advantage) < 0 ||
+      read_integer(integers[2], "valid_vocab", 0, LLONG_MAX, &valid_vocab) < 0 ||
+      borrow_all(state, arguments + 1, CALL_TENSORS, CALL_TENSOR_COUNT, b) < 0)
+    return -1;
+  const DLTensor **views[CALL_TENSOR_COUNT] = {
+      &call->student, &call->teacher,          &call->tokens,       &call->mask,
+      &call->weights, &call->teacher_logprobs, &call->old_logprobs, &call->reference_logprobs,
+      &call->settings};
+  for (int i = 0; i < CALL_TENSOR_COUNT; ++i) *views[i] = view_of(&b->tensors[i]);
+  call->reduction = (opdc_reduction)reduction;
+  call->advantage = (opdc_advantage)advantage;
+  call->valid_vocab = valid_vocab;
+  return 0;
+}
+
+#define CALL_SIGNATURE                                                                             \
+  "method, student, teacher, tokens, mask, weights, teacher_logprobs, old_logprobs, "              \
+  "reference_logprobs, settings, reduction, advantage, valid_vocab, "
+
+static const char LOSS_DOC[] =
+    "loss($module, " CALL_SIGNATURE "value, gradient, rows, metrics, threads, /)\n--\n\n"
+    "Write value, rows and, where they are not None, gradient and metrics.";
+
+static PyObject *loss(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+  static const parameter OUTPUTS[] = {{"value", false, true},
+                                      {"gradient", true, true},
+                                      {"rows", false, true},
+                                      {"metrics", true, true}};
+  if (expect_arguments("loss", count, CALL_ARGUMENTS + 5) < 0) return NULL;
+  const module_state *state = PyModule_GetState(module);
+  borrowed b = {.count = 0};
+  opdc_call call;
+  opdc_error error;
+  opdc_status status = OPDC_OK;
+  int failed = read_int(arguments[CALL_ARGUMENTS + 4], "threads", 1, &call.threads) < 0 ||
+               read_call(state, arguments, &b, &call) < 0 ||
+               borrow_all(state, arguments + CALL_ARGUMENTS, OUTPUTS, 4, &b) < 0;
+  if (!failed) {
+    const tensor *outputs = b.tensors + CALL_TENSOR_COUNT;
+    Py_BEGIN_ALLOW_THREADS status = opdc_loss(&call, view_of(&outputs[0]), view_of(&outputs[1]),
+                                              view_of(&outputs[2]), view_of(&outputs[3]), &error);
+    Py_END_ALLOW_THREADS
+  }
+  give_back(b.tensors, b.count);
+  return failed ? NULL : none_or_error(status, &error);
+}
+
+static const char GRADIENT_DOC[] =
+    "gradient($module, " CALL_SIGNATURE "rows, upstream, gradient, threads, /)\n--\n\n"
+    "Write gradient, from the rows that loss() wrote.";
+
+static PyObject *gradient(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+  static const parameter TENSORS[] = {
+      {"rows", false, false}, {"upstream", false, false}, {"gradient", false, true}};
+  if (expect_arguments("gradient", count, CALL_ARGUMENTS + 4) < 0) return NULL;
+  const module_state *state = PyModule_GetState(module);
+  borrowed b = {.count = 0};
+  opdc_call call;
+  opdc_error error;
+  opdc_status status = OPDC_OK;
+  int failed = read_int(arguments[CALL_ARGUMENTS + 3], "threads", 1, &call.threads) < 0 ||
+               read_call(state, arguments, &b, &call) < 0 ||
+               borrow_all(state, arguments + CALL_ARGUMENTS, TENSORS, 3, &b) < 0;
+  if (!failed) {
+    const tensor *own = b.tensors + CALL_TENSOR_COUNT;
+    Py_BEGIN_ALLOW_THREADS status =
+        opdc_gradient(&call, view_of(&own[0]), view_of(&own[1]), view_of(&own[2]), &error);
+    Py_END_ALLOW_THREADS
+  }
+  give_back(b.tensors, b.count);
+  return failed ? NULL : none_or_error(status, &error);
+}
+
+static const char SCALE_DOC[] = "scale($module, gradient, upstream, output, threads, /)\n--\n\n"
+                                "Write output = upstream * gradient.";
+
+static PyObject *scale(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+  static const parameter TENSORS[] = {
+      {"gradient", false, false}, {"upstream", false, false}, {"output", false, true}};
+  if (expect_arguments("scale", count, 4) < 0) return NULL;
+  const module_state *state = PyModule_GetState(module);
+  borrowed b = {.count = 0};
+  opdc_error error;
+  opdc_status status = OPDC_OK;
+  int threads;
+  int failed = read_int(arguments[3], "threads", 1, &threads) < 0 ||
+               borrow_all(state, arguments, TENSORS, 3, &b) < 0;
+  if (!failed) {
+    Py_BEGIN_ALLOW_THREADS status = opdc_scale(view_of(&b.tensors[0]), view_of(&b.tensors[1]),
+                                               view_of(&b.tensors[2]), threads, &error);
+    Py_END_ALLOW_THREADS
+  }
+  give_back(b.tensors, b.count);
+  return failed ? NULL : none_or_error(status, &error);
+}
+
+/* The texts name_of(0), name_of(1), ... up to the first NULL whose bit is in `chosen`. */
+static PyObject *texts(const char *(*name_of)(int), uint64_t chosen) {
+  PyObject *list = PyList_New(0);
+  for (int i = 0; list && name_of(i); ++i) {
+    if (!(chosen >> i & 1)) continue;
+    PyObject *text = PyUnicode_FromString(name_of(i));
+    if (!text || PyList_Append(list, text) < 0) Py_CLEAR(list);
+    Py_XDECREF(text);
+  }
+  if (!list) return NULL;
+  PyObject *tuple = PyList_AsTuple(list);
+  Py_DECREF(list);
+  return tuple;
+}
+
+static PyObject *methods(PyObject *module, PyObject *unused) {
+  (void)module, (void)unused;
+  return texts(opdc_method_name, UINT64_MAX);
+}
+
+static PyObject *metric_names(PyObject *module, PyObject *unused) {
+  (void)module, (void)unused;
+  return texts(opdc_metric_name, UINT64_MAX);
+}
+
+static PyObject *metrics_of(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+  (void)module;
+  opdc_method method;
+  if (expect_arguments("metrics_of", count, 2) < 0 || read_method(arguments[0], &method) < 0)
+    return NULL;
+  const int teacher_logits = PyObject_IsTrue(arguments[1]);
+  if (teacher_logits < 0) return NULL;
+  return texts(opdc_metric_name, opdc_method_metrics(method, teacher_logits));
+}
+
+static PyObject *instruction_set(PyObject *module, PyObject *unused) {
+  (void)module, (void)unused;
+  opdc_error error;
+  const char *name = opdc_instruction_set(&error);
+  if (name) return PyUnicode_FromString(name);
+  PyErr_SetString(PyExc_RuntimeError, error.message);
+  return NULL;
+}
+
+static PyObject *instruction_sets(PyObject *module, PyObject *unused) {
+  (void)module, (void)unused;
+  return texts(opdc_instruction_set_available, UINT64_MAX);
+}
+
+/* ------------------------------------------------------------ module */
+
+static int execute(PyObject *module) {
+  opdc_error error;
+  if (!opdc_instruction_set(&error)) {
+    PyErr_SetString(PyExc_ImportError, error.message);
+    return -1;
+  }
+  module_state *state = PyModule_GetState(module);
+  state->exchange_api_name = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
+  state->dlpack_name = PyUnicode_InternFromString("__dlpack__");
+  state->no_arguments = PyTuple_New(0);
+  state->dlpack_keywords =
+      Py_BuildValue("{s:(ii)}", "max_version", DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION);
+  if (!state->exchange_api_name || !state->dlpack_name || !state->no_arguments ||
+      !state->dlpack_keywords)
+    return -1;
+
+  PyObject *version = Py_BuildValue("(ii)", DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION);
+  int failed = PyModule_AddObjectRef(module, "DLPACK_VERSION", version);
+  Py_XDECREF(version);
+  if (failed < 0 || PyModule_AddIntConstant(module, "ROW", OPDC_ROW) < 0 ||
+      PyModule_AddIntConstant(module, "SETTINGS", OPDC_SETTINGS) < 0 ||
+      PyModule_AddStringConstant(module, "__version__", OPDC_VERSION) < 0)
+    return -1;
+  return 0;
+}
+
+static int traverse(PyObject *module, visitproc visit, void *arg) {
+  module_state *state = PyModule_GetState(module);
+  Py_VISIT(state->exchange_api_name);
+  Py_VISIT(state->dlpack_name);
+  Py_VISIT(state->no_arguments);
+  Py_VISIT(state->dlpack_keywords);
+  return 0;
+}
+
+static int clear(PyObject *module) {
+  module_state *state = PyModule_GetState(module);
+  Py_CLEAR(state->exchange_api_name);
+  Py_CLEAR(state->dlpack_name);
+  Py_CLEAR(state->no_arguments);
+  Py_CLEAR(state->dlpack_keywords);
+  return 0;
+}
+
+static void free_module(void *module) { clear(module); }
+
+/* By way of a function without prototype, as CPython itself does: no warning about the cast. */
+#define FASTCALL(function) ((PyCFunction)(void (*)(void))(function)), METH_FASTCALL
+
+static PyMethodDef FUNCTIONS[] = {
+    {"loss", FASTCALL(loss), LOSS_DOC},
+    {"gradient", FASTCALL(gradient), GRADIENT_DOC},
+    {"scale", FASTCALL(scale), SCALE_DOC},
+    {"methods", methods, METH_NOARGS, "methods($module, /)\n--\n\nThe names of the losses."},
+    {"metric_names", metric_names, METH_NOARGS,
+     "metric_names($module, /)\n--\n\nThe names of the elements of metrics."},
+    {"metrics_of", FASTCALL(metrics_of),
+     "metrics_of($module, method, teacher_logits, /)\n--\n\nThe names of the metrics that a loss "
+     "computes, with or without the teacher's logits."},
+    {"instruction_set", instruction_set, METH_NOARGS,
+     "instruction_set($module, /)\n--\n\nThe instruction set in use."},
+    {"instruction_sets", instruction_sets, METH_NOARGS,
+     "instruction_sets($module, /)\n--\n\nThose that this processor offers, the slowest first."},
+    {NULL, NULL, 0, NULL}};
+
+static PyModuleDef_Slot SLOTS[] = {{Py_mod_exec, (void *)execute},
+#if !defined(Py_LIMITED_API) && PY_VERSION_HEX >= 0x030D0000
+                                   {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+                                   {0, NULL}};
+
+static PyModuleDef DEFINITION = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "opdc._C",
+    .m_doc = "The C core of opdc over DLPack tensors; opdc._ops is the only caller.",
+    .m_size = sizeof(module_state),
+    .m_methods = FUNCTIONS,
+    .m_slots = SLOTS,
+    .m_traverse = traverse,
+    .m_clear = clear,
+    .m_free = free_module,
+};
+
+PyMODINIT_FUNC PyInit__C(void) { return PyModuleDef_Init(&DEFINITION); }

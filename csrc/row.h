@@ -1,0 +1,693 @@
+/* The passes over one row, for one arithmetic (`real`) and one instruction set (`lane`).
+ *
+ * A row is walked in blocks that fit the first-level cache. `gather` brings a block of logits of any dtype into an array of reals,
+ * padded to whole lanes by -inf, so that nothing after it knows of dtypes or tails. The masses and divergences of the
+ * blocks are then combined by the same formulas that combine the ids of a block: for p and q on a set that is cut into blocks,
+ *
+ *   KL(p, q) = sum_blocks P_block KL(p | block, q | block) + KL(P, Q)
+ *
+ * with P, Q the masses of the blocks. All terms are nonnegative, so nothing cancels, and one read of the row is enough.
+ */
+#ifndef OPDC_ROW_H
+#define OPDC_ROW_H
+
+#define BLOCK (4096 / (int)sizeof(real)) /* ids in a block: a few arrays of 4 KiB */
+#define BATCH 64                         /* blocks whose results are combined at a time */
+#if OPDC_F64
+#define GROUP 1 /* numbers that are summed side by side, in GROUP / LANES lanes */
+#else
+#define GROUP 16
+#endif
+#define PARTS (GROUP / LANES)
+
+/* A sum over ids, in the making. */
+typedef struct group {
+  lane part[PARTS];
+} group;
+static inline group group_of(real x) {
+  group all;
+  for (int part = 0; part < PARTS; part++) all.part[part] = lane_set(x);
+  return all;
+}
+static inline void group_add(group *to, int part, lane a) { to->part[part] = lane_add(to->part[part], a); }
+/* for each lane of a padded array of `count` numbers: `i` is its place, `part` its part of the group */
+#define FOR_EACH_LANE(count)                                                                                           \
+  for (int first = 0; first < (count); first += GROUP)                                                                 \
+    for (int part = 0, i = first; part < PARTS; part++, i += LANES)
+
+typedef struct extremes {
+  real maximum, minimum;
+} extremes;
+
+/* --- In and out ------------------------------------------------------------------------------------------------------------ */
+
+static inline const char *element_address(const void *from, dtype type, int64_t index) {
+  return (const char *)from + index * dtype_bytes(type);
+}
+
+#if OPDC_F64
+SPECIALISED lane load_lane(const char *from, const dtype type) { return load_element(from, type, 0); }
+SPECIALISED void store_lane(char *to, const dtype type, lane a) { store_element(to, type, 0, a); }
+#else
+SPECIALISED lane load_lane(const char *from, const dtype type) {
+  return type == dtype_f32    ? lane_load((const float *)(const void *)from)
+         : type == dtype_bf16 ? lane_load_bf16((const uint16_t *)(const void *)from)
+                              : lane_load_f16((const uint16_t *)(const void *)from);
+}
+SPECIALISED void store_lane(char *to, const dtype type, lane a) {
+  if (type == dtype_f32) lane_store((float *)(void *)to, a);
+  if (type == dtype_bf16) lane_store_bf16((uint16_t *)(void *)to, a);
+  if (type == dtype_f16) lane_store_f16((uint16_t *)(void *)to, a);
+}
+#endif
+
+static inline int padded(int count) { return (count + GROUP - 1) / GROUP * GROUP; }
+
+SPECIALISED extremes gather_typed(const char *from, const dtype type, int count, real *to) {
+  const int whole = count / GROUP * GROUP;
+  lane maximum = lane_set(-(real)INFINITY), minimum = lane_set((real)INFINITY);
+  for (int i = 0; i < whole; i += LANES) {
+    const char *address = element_address(from, type, i);
+    const lane x = load_lane(address, type);
+    maximum = lane_max(x, maximum);
+    minimum = lane_min(x, minimum);
+    lane_store(to + i, x);
+  }
+  if (whole < count) {
+    for (int i = whole; i < padded(count); i++)
+      to[i] = i < count ? (real)load_element(from, type, i) : -(real)INFINITY;
+    for (int i = whole; i < padded(count); i += LANES) {
+      maximum = lane_max(lane_load(to + i), maximum);
+      minimum = lane_min(lane_load(to + i), minimum);
+    }
+  }
+  return (extremes){lane_maximum(maximum), lane_minimum(minimum)};
+}
+
+/* Logits [start, start + count) of a row. The extremes ignore NaN, unless there is nothing but NaN and -inf. */
+static extremes gather(const void *row_of_logits, dtype type, int64_t start, int count, real *to) {
+  const char *from = element_address(row_of_logits, type, start);
+  extremes found = {0, 0};
+  switch (type) {
+    case dtype_f32: found = gather_typed(from, dtype_f32, count, to); break;
+    case dtype_bf16: found = gather_typed(from, dtype_bf16, count, to); break;
+    case dtype_f16: found = gather_typed(from, dtype_f16, count, to); break;
+    case dtype_f64:
+#if OPDC_F64
+      found = gather_typed(from, dtype_f64, count, to);
+#endif
+      break;
+  }
+  if (found.maximum == -(real)INFINITY) /* max() has dropped any NaN: look for one */
+    for (int i = 0; i < count; i++)
+      if (to[i] != to[i]) found.maximum = to[i];
+  return found;
+}
+
+#if OPDC_F64
+#define NATIVE dtype_f64
+#else
+#define NATIVE dtype_f32
+#endif
+
+static inline int is_in_place(dtype type, int count) { return type == NATIVE && count % GROUP == 0; }
+
+/* The block where it lies, if its numbers are those of the arithmetic and fill whole groups; else a copy. */
+static inline const real *block_at(const void *row_of_logits, dtype type, int64_t start, int count, real *copy) {
+  if (is_in_place(type, count)) return (const real *)row_of_logits + start;
+  gather(row_of_logits, type, start, count, copy);
+  return copy;
+}
+
+SPECIALISED void scatter_typed(const real *from, const dtype type, int count, char *to) {
+  const int whole = count / LANES * LANES;
+  for (int i = 0; i < whole; i += LANES)
+    store_lane(to + (int64_t)i * dtype_bytes(type), type, lane_load(from + i));
+  for (int i = whole; i < count; i++) store_element(to, type, i, (double)from[i]);
+}
+
+static void scatter(const real *from, dtype type, int64_t start, int count, void *row_of_gradient) {
+  char *to = (char *)row_of_gradient + start * dtype_bytes(type);
+  switch (type) {
+    case dtype_f32: scatter_typed(from, dtype_f32, count, to); break;
+    case dtype_bf16: scatter_typed(from, dtype_bf16, count, to); break;
+    case dtype_f16: scatter_typed(from, dtype_f16, count, to); break;
+    case dtype_f64:
+#if OPDC_F64
+      scatter_typed(from, dtype_f64, count, to);
+#endif
+      break;
+  }
+}
+
+static void fill(double x, dtype type, int64_t start, int64_t end, void *row_of_gradient) {
+  if (x == 0)
+    memset((char *)row_of_gradient + start * dtype_bytes(type), 0, (size_t)((end - start) * dtype_bytes(type)));
+  else
+    for (int64_t i = start; i < end; i++) store_element(row_of_gradient, type, i, x);
+}
+
+/* --- Masses ---------------------------------------------------------------------------------------------------------------- */
+
+/* The temperature as the kernels use it: one rounded 1/T everywhere, so that exponents and differences agree exactly. */
+typedef struct temperature {
+  real inverse; /* 1 / T */
+  real exponent; /* log2(e) / T */
+} temperature;
+
+static inline temperature temperature_of(const row_call *call) {
+  const real inverse = (real)(1 / call->temperature);
+  return (temperature){inverse, (real)(LOG2_E * (double)inverse)};
+}
+
+/* The block after the one at `start`, prefetched a line at a time while this one is worked on: asking for all of it at once would
+ * stall the loads of this one. */
+typedef struct next_block {
+  const char *address;
+  int bytes; /* of an element */
+} next_block;
+
+static inline next_block block_after(const void *from, dtype type, int64_t start) {
+  return (next_block){element_address(from, type, start + BLOCK), dtype_bytes(type)};
+}
+SPECIALISED void prefetch(next_block ahead, int i, int part) {
+  if (part == 0) __builtin_prefetch(ahead.address + i * ahead.bytes);
+}
+
+/* e[i] = exp((x[i] - maximum) / T). The first id at the maximum is kept out of the sums: its 1 would round the rest away. */
+SPECIALISED mass exponentials_typed(real *x, int64_t start, int count, real maximum, temperature T, next_block ahead,
+                                    real *e, const int with_moment) {
+  const lane largest = lane_set(maximum);
+  const exponent_base base = base_of(T.exponent);
+  group rest = group_of(0), moment = group_of(0);
+  int at = 0;
+  if (!(maximum > -(real)INFINITY) || maximum == (real)INFINITY) { /* no id at all; or NaN, +inf: a row without a loss */
+    const real nothing = maximum == -(real)INFINITY ? 0 : (real)NAN;
+    for (int i = 0; i < padded(count); i++) e[i] = nothing;
+    return (mass){(double)maximum, (double)nothing - 1, (double)nothing, 0};
+  }
+  while (!lane_any(lane_equal(lane_load(x + at), largest))) at += LANES;
+  while (x[at] != maximum) at++;
+  x[at] = -(real)INFINITY;
+  FOR_EACH_LANE(count) {
+    const lane below = bounded_exponent(lane_sub(lane_load(x + i), largest), base), exponential_of = exponential(below, base);
+    prefetch(ahead, i, part);
+    group_add(&rest, part, exponential_of);
+    if (with_moment) moment.part[part] = lane_fma(below, exponential_of, moment.part[part]);
+    lane_store(e + i, exponential_of);
+  }
+  x[at] = maximum;
+  e[at] = 1;
+  return (mass){(double)maximum, (double)group_sum(rest.part),
+                (double)group_sum(moment.part) * (double)T.inverse,
+                (double)(start + at)};
+}
+
+static mass exponentials(const row_call *call, real *x, int64_t start, int count, real maximum, temperature T,
+                         next_block ahead, real *e) {
+  return call->entropy ? exponentials_typed(x, start, count, maximum, T, ahead, e, 1)
+                       : exponentials_typed(x, start, count, maximum, T, ahead, e, 0);
+}
+
+/* The results of up to BATCH blocks. */
+typedef struct batch {
+  mass student[BATCH], teacher[BATCH];
+  double log_ratio[BATCH], reverse_kl[BATCH], forward_kl[BATCH];
+  int count;
+} batch;
+
+/* One mass out of many, and the weight of each relative to the largest logit of all. */
+static mass combine_masses(const mass *parts, int count, temperature T, real *weights) {
+  mass whole = {-INFINITY, -1, 0, 0};
+  int at = 0;
+  for (int i = 0; i < count; i++) {
+    if (parts[i].rest != parts[i].rest) return parts[i]; /* NaN */
+    if (parts[i].maximum > parts[at].maximum) at = i;
+  }
+  for (int i = 0; i < padded(count); i++) {
+    weights[i] = i < count ? (real)(parts[i].maximum - parts[at].maximum) : -(real)INFINITY;
+    if (weights[i] != weights[i]) weights[i] = -(real)INFINITY; /* nothing but -inf */
+  }
+  for (int i = 0; i < count; i += LANES)
+    lane_store(weights + i, exponential(bounded_exponent(lane_load(weights + i), base_of(T.exponent)), base_of(T.exponent)));
+  if (parts[at].maximum == -INFINITY) return whole;
+  whole = parts[at];
+  for (int i = 0; i < count; i++) {
+    const double weight = (double)weights[i], below = parts[i].maximum - parts[at].maximum;
+    weights[i] = (real)(weight * (1 + parts[i].rest));
+    if (i == at || weight == 0) continue;
+    whole.rest += weight * (1 + parts[i].rest);
+    whole.moment += weight * (parts[i].moment + (1 + parts[i].rest) * below * (double)T.inverse);
+  }
+  return whole;
+}
+
+/* --- Student against teacher ------------------------------------------------------------------------------------------------ */
+
+/* d = (x - y) / T - log_ratio, with a large common difference of the logits taken out first, in a multiple of 16 that x - offset
+ * represents exactly, and the constant in two parts: at small d every digit counts. */
+typedef struct difference {
+  real offset, inverse, high, low;
+} difference;
+
+static inline difference difference_of(double student_maximum, double teacher_maximum, double log_ratio, temperature T) {
+  const double apart = floor((student_maximum - teacher_maximum) / 16 + 0.5) * 16;
+  const real offset = apart - apart == 0 ? (real)apart : 0;
+  const double constant = log_ratio - (double)offset * (double)T.inverse;
+  const real high = (real)constant;
+  return (difference){offset, T.inverse, -high, -(real)(constant - (double)high)};
+}
+
+SPECIALISED lane log_ratio_of(lane x, lane y, difference at) {
+  const lane apart = lane_sub(lane_sub(x, lane_set(at.offset)), y);
+  return lane_add(lane_fma(apart, lane_set(at.inverse), lane_set(at.high)), lane_set(at.low));
+}
+
+/* The sums of kl_rule, from p in units of 1/Z, and the exact normaliser: if the log-ratio that d was formed with is off by e, then
+ * sum (p - q) = 1 - exp(e) =: G, and the sums are corrected by Bregman terms in G, which is about a rounding. */
+typedef struct kl_sums {
+  group reverse, forward, excess;
+} kl_sums;
+
+/* What is not wanted is not computed either: the compiler drops it. */
+SPECIALISED void kl_add(kl_sums *sums, int part, kl_terms terms, const int reverse, const int forward) {
+  if (reverse) group_add(&sums->reverse, part, terms.reverse);
+  if (forward) group_add(&sums->forward, part, terms.forward);
+  group_add(&sums->excess, part, terms.excess);
+}
+
+typedef struct kl_result {
+  double log_ratio, reverse_kl, forward_kl;
+} kl_result;
+
+static kl_result kl_finish(kl_sums sums, double total, double log_ratio) {
+  const double G = (double)group_sum(sums.excess.part) / total, shift = SCALAR(log1p)(-G);
+  const double reverse = (double)group_sum(sums.reverse.part) / total + (G + shift);
+  const double forward = ((double)group_sum(sums.forward.part) / total - G) / (1 - G) - shift;
+  return (kl_result){log_ratio - shift, reverse < 0 ? 0 : reverse, forward < 0 ? 0 : forward};
+}
+
+/* One model has no mass on the set, or a sum is NaN. Both without mass: a ratio that nobody weighs. */
+static kl_result kl_one_sided(mass student, mass teacher) {
+  const double student_total = 1 + student.rest, teacher_total = 1 + teacher.rest;
+  if (student_total > 0 && teacher_total == 0) return (kl_result){INFINITY, INFINITY, 0};
+  if (student_total == 0 && teacher_total > 0) return (kl_result){-INFINITY, 0, INFINITY};
+  if (student_total == 0 && teacher_total == 0) return (kl_result){0, 0, 0};
+  return (kl_result){NAN, NAN, NAN};
+}
+
+static inline double log_ratio_of_masses(mass student, mass teacher, real ratio, temperature T) {
+  return SCALAR(log)((double)ratio) + (student.maximum - teacher.maximum) * (double)T.inverse;
+}
+
+SPECIALISED kl_sums kl_block_typed(const real *x, const real *y, const real *p, const real *q, int count, difference at, real ratio,
+                                   const int masked, const int reverse, const int forward) {
+  kl_sums sums = {group_of(0), group_of(0), group_of(0)};
+  FOR_EACH_LANE(count) {
+    const lane d = log_ratio_of(lane_load(x + i), lane_load(y + i), at);
+    const kl_terms terms = kl_rule(lane_load(p + i), lane_mul(lane_load(q + i), lane_set(ratio)), d, masked);
+    kl_add(&sums, part, terms, reverse, forward);
+  }
+  return sums;
+}
+
+static kl_sums kl_block(const row_call *call, const real *x, const real *y, const real *p, const real *q, int count,
+                        difference at, real ratio, int masked) {
+  if (masked || (call->reverse_kl && call->forward_kl)) return kl_block_typed(x, y, p, q, count, at, ratio, 1, 1, 1);
+  if (call->reverse_kl) return kl_block_typed(x, y, p, q, count, at, ratio, 0, 1, 0);
+  if (call->forward_kl) return kl_block_typed(x, y, p, q, count, at, ratio, 0, 0, 1);
+  return kl_block_typed(x, y, p, q, count, at, ratio, 0, 0, 0);
+}
+
+static int is_finite(double x) { return x - x == 0; }
+
+/* The blocks of a batch as if they were ids. */
+static void combine_batch(batch *parts, temperature T) {
+  const int count = parts->count;
+  real p[BATCH + LANES], q[BATCH + LANES], d[BATCH + LANES];
+  mass student, teacher;
+  kl_result whole;
+  if (count == 1) return;
+  student = combine_masses(parts->student, count, T, p);
+  teacher = combine_masses(parts->teacher, count, T, q);
+  if (1 + student.rest > 0 && 1 + teacher.rest > 0) {
+    const double total = 1 + student.rest;
+    const real ratio = (real)(total / (1 + teacher.rest));
+    const double log_ratio = log_ratio_of_masses(student, teacher, ratio, T);
+    kl_sums sums = {group_of(0), group_of(0), group_of(0)};
+    double reverse = 0, forward = 0;
+    for (int i = 0; i < padded(count); i++) {
+      d[i] = i < count ? (real)(parts->log_ratio[i] - log_ratio) : 0;
+      if (i >= count) p[i] = q[i] = 0;
+    }
+    FOR_EACH_LANE(count)
+      kl_add(&sums, part, kl_rule(lane_load(p + i), lane_mul(lane_load(q + i), lane_set(ratio)), lane_load(d + i), 1), 1, 1);
+    whole = kl_finish(sums, total, log_ratio);
+    for (int i = 0; i < count; i++) {
+      if (p[i] > 0) reverse += (double)p[i] / total * parts->reverse_kl[i];
+      if (q[i] > 0) forward += (double)q[i] / (1 + teacher.rest) * parts->forward_kl[i];
+    }
+    whole.reverse_kl += reverse;
+    whole.forward_kl += forward;
+  } else {
+    whole = kl_one_sided(student, teacher);
+  }
+  parts->student[0] = student;
+  parts->teacher[0] = teacher;
+  parts->log_ratio[0] = whole.log_ratio;
+  parts->reverse_kl[0] = whole.reverse_kl;
+  parts->forward_kl[0] = whole.forward_kl;
+  parts->count = 1;
+}
+
+typedef struct block {
+  _Alignas(64) real x[BLOCK];
+  _Alignas(64) real y[BLOCK];
+  _Alignas(64) real p[BLOCK];
+  _Alignas(64) real q[BLOCK];
+} block;
+
+static inline int block_length(int64_t start, int64_t vocabulary) {
+  return vocabulary - start < BLOCK ? (int)(vocabulary - start) : BLOCK;
+}
+
+/* Masses of both models, their log-ratio and both KL divergences: one read of each row. */
+static void measure_pair(const row_call *call, const row_input *input, row *out) {
+  const temperature T = temperature_of(call);
+  block at;
+  batch parts;
+  parts.count = 0;
+  for (int64_t start = 0; start < call->vocabulary; start += BLOCK) {
+    const int count = block_length(start, call->vocabulary), index = parts.count;
+    const extremes xs = gather(input->student, call->student_type, start, count, at.x);
+    const extremes ys = gather(input->teacher, call->teacher_type, start, count, at.y);
+    const mass student = exponentials(call, at.x, start, count, xs.maximum, T, block_after(input->student, call->student_type, start), at.p);
+    const mass teacher = exponentials(call, at.y, start, count, ys.maximum, T, block_after(input->teacher, call->teacher_type, start), at.q);
+    kl_result result;
+    if (!call->log_ratio) {
+      result = (kl_result){0, 0, 0};
+    } else if (1 + student.rest > 0 && 1 + teacher.rest > 0) {
+      const double total = 1 + student.rest;
+      const real ratio = (real)(total / (1 + teacher.rest));
+      const double log_ratio = log_ratio_of_masses(student, teacher, ratio, T);
+      const difference apart = difference_of(student.maximum, teacher.maximum, log_ratio, T);
+      const int masked = !(xs.minimum > -(real)INFINITY && ys.minimum > -(real)INFINITY);
+      const kl_sums sums = kl_block(call, at.x, at.y, at.p, at.q, count, apart, ratio, masked);
+      result = kl_finish(sums, total, log_ratio);
+    } else {
+      result = kl_one_sided(student, teacher);
+    }
+    parts.student[index] = student;
+    parts.teacher[index] = teacher;
+    parts.log_ratio[index] = result.log_ratio;
+    parts.reverse_kl[index] = result.reverse_kl;
+    parts.forward_kl[index] = result.forward_kl;
+    parts.count++;
+    if (parts.count == BATCH) combine_batch(&parts, T);
+  }
+  combine_batch(&parts, T);
+  out->student = parts.student[0];
+  out->teacher = parts.teacher[0];
+  out->log_ratio = parts.log_ratio[0];
+  out->reverse_kl = parts.reverse_kl[0];
+  out->forward_kl = parts.forward_kl[0];
+}
+
+/* The student alone. */
+static void measure_student(const row_call *call, const row_input *input, row *out) {
+  const temperature T = temperature_of(call);
+  _Alignas(64) real x[BLOCK];
+  _Alignas(64) real e[BLOCK];
+  real weights[BATCH + LANES];
+  mass parts[BATCH];
+  int index = 0;
+  for (int64_t start = 0; start < call->vocabulary; start += BLOCK) {
+    const int count = block_length(start, call->vocabulary);
+    const extremes xs = gather(input->student, call->student_type, start, count, x);
+    parts[index++] = exponentials(call, x, start, count, xs.maximum, T, block_after(input->student, call->student_type, start), e);
+    if (index == BATCH) {
+      parts[0] = combine_masses(parts, index, T, weights);
+      index = 1;
+    }
+  }
+  out->student = index > 1 ? combine_masses(parts, index, T, weights) : parts[0];
+}
+
+/* The constants of a row for its second and third passes. */
+typedef struct row_constants {
+  lane student_maximum, teacher_maximum, student_inverse, teacher_inverse;
+  exponent_base base;
+  difference apart;
+} row_constants;
+
+static inline row_constants constants_of(const row_call *call, const row *from, double log_ratio) {
+  const temperature T = temperature_of(call);
+  return (row_constants){.student_maximum = lane_set((real)from->student.maximum),
+                         .teacher_maximum = lane_set((real)from->teacher.maximum),
+                         .student_inverse = lane_set((real)(1 / (1 + from->student.rest))),
+                         .teacher_inverse = lane_set((real)(1 / (1 + from->teacher.rest))),
+                         .base = base_of(T.exponent),
+                         .apart = difference_of(from->student.maximum, from->teacher.maximum, log_ratio, T)};
+}
+
+SPECIALISED lane student_mass(lane x, const row_constants *at) {
+  const lane below = bounded_exponent(lane_sub(x, at->student_maximum), at->base);
+  return lane_mul(exponential(below, at->base), at->student_inverse);
+}
+
+/* p and q through the larger of them and their ratio: no cancellation in p - q, and no overflow in p / q. */
+SPECIALISED pair_of_masses pair_at(lane x, lane y, const row_constants *at) {
+  const lane d = log_ratio_of(x, y, at->apart);
+  const lane_mask teacher_higher = lane_less(d, lane_set(0));
+  const lane below = lane_select(teacher_higher, lane_sub(y, at->teacher_maximum), lane_sub(x, at->student_maximum));
+  const lane inverse = lane_select(teacher_higher, at->teacher_inverse, at->student_inverse);
+  pair_of_masses pair;
+  pair.high = lane_mul(exponential(bounded_exponent(below, at->base), at->base), inverse);
+  pair.distance = lane_abs(d);
+  pair.ratio = exponential_gap(pair.distance, &pair.gap);
+  pair.teacher_higher = teacher_higher;
+  return pair;
+}
+
+/* p - q; 0 where there is no such id */
+SPECIALISED lane excess_of(pair_of_masses pair) {
+  const lane apart = lane_select(pair.teacher_higher, pair.gap, lane_sub(lane_set(0), pair.gap));
+  return lane_keep(lane_less(lane_set(0), pair.high), lane_mul(pair.high, apart));
+}
+
+/* Value and mean derivative of a mixture divergence, into the row, and the derivatives if there is room for them. */
+SPECIALISED void mixture_pass(const row_call *call, const row_input *input, row *out, real *derivatives,
+                              const element_rule rule) {
+  const temperature T = temperature_of(call);
+  const real weight = (real)call->mixture, ratio = (real)((1 + out->student.rest) / (1 + out->teacher.rest));
+  const row_constants constants = constants_of(call, out, log_ratio_of_masses(out->student, out->teacher, ratio, T));
+  double value = 0, mean = 0, excess = 0;
+  block at;
+  struct {
+    _Alignas(64) real high[BLOCK];
+    _Alignas(64) real ratio[BLOCK];
+    _Alignas(64) real gap[BLOCK];
+    _Alignas(64) real log_ratio[BLOCK];
+  } found;
+  for (int64_t start = 0; start < call->vocabulary; start += BLOCK) {
+    const int count = block_length(start, call->vocabulary);
+    const real *x = block_at(input->student, call->student_type, start, count, at.x);
+    const real *y = block_at(input->teacher, call->teacher_type, start, count, at.y);
+    const next_block ahead = block_after(input->student, call->student_type, start);
+    const next_block ahead_of_teacher = block_after(input->teacher, call->teacher_type, start);
+    real *u = derivatives ? derivatives + start : at.p;
+    group values = group_of(0), means = group_of(0), excesses = group_of(0);
+    /* In two loops: one would be a chain of dependent operations too long for the processor to overlap two of them. */
+    FOR_EACH_LANE(count) {
+      const lane left = lane_load(x + i), right = lane_load(y + i);
+      const pair_of_masses pair = pair_at(left, right, &constants);
+      prefetch(ahead, i, part);
+      prefetch(ahead_of_teacher, i, part);
+      group_add(&excesses, part, excess_of(pair));
+      lane_store(found.high + i, pair.high);
+      lane_store(found.ratio + i, pair.ratio);
+      lane_store(found.gap + i, pair.gap);
+      lane_store(found.log_ratio + i, log_ratio_of(left, right, constants.apart));
+    }
+    FOR_EACH_LANE(count) {
+      const lane log_ratio = lane_load(found.log_ratio + i);
+      const pair_of_masses pair = {.high = lane_load(found.high + i),
+                                   .ratio = lane_load(found.ratio + i),
+                                   .gap = lane_load(found.gap + i),
+                                   .distance = lane_abs(log_ratio),
+                                   .teacher_higher = lane_less(log_ratio, lane_set(0))};
+      const lane_mask exists = lane_less(lane_set(0), pair.high);
+      lane derivative;
+      const lane term = mixture_rule(rule, pair, weight, &derivative);
+      derivative = lane_keep(exists, lane_mul(pair.high, derivative));
+      group_add(&values, part, lane_keep(exists, lane_mul(pair.high, term)));
+      group_add(&means, part, derivative);
+      lane_store(u + i, derivative);
+    }
+    value += (double)group_sum(values.part);
+    mean += (double)group_sum(means.part);
+    excess += (double)group_sum(excesses.part);
+  }
+  value -= mixture_curvature(rule, call->mixture) * excess * excess / 2;
+  out->divergence = value < 0 ? 0 : value;
+  out->mean = mean;
+}
+
+static void measure_mixture(const row_call *call, const row_input *input, row *out, real *derivatives) {
+  switch (call->element) {
+    case element_jsd: mixture_pass(call, input, out, derivatives, element_jsd); break;
+    case element_skew_forward: mixture_pass(call, input, out, derivatives, element_skew_forward); break;
+    case element_skew_reverse: mixture_pass(call, input, out, derivatives, element_skew_reverse); break;
+    default: break;
+  }
+}
+
+/* --- The kernels of an instruction set ----------------------------------------------------------------------------------------- */
+
+static void measure(const row_call *call, const row_input *input, row *out, void *derivatives) {
+  const double inverse = (double)temperature_of(call).inverse;
+  out->teacher = (mass){NAN, NAN, NAN, NAN};
+  out->reverse_kl = out->forward_kl = NAN;
+  if (input->teacher)
+    measure_pair(call, input, out);
+  else
+    measure_student(call, input, out);
+  if (1 + out->student.rest == 0) out->student.rest = NAN; /* no id that exists: a row without a loss */
+  if (input->teacher && 1 + out->teacher.rest == 0) out->teacher.rest = NAN;
+
+  if (call->element == element_reverse_kl) out->divergence = out->mean = out->reverse_kl;
+  if (call->element == element_forward_kl) out->divergence = out->forward_kl;
+  if (out->student.rest != out->student.rest || (input->teacher && out->teacher.rest != out->teacher.rest))
+    out->divergence = NAN;
+  else
+    measure_mixture(call, input, out, derivatives);
+
+  if (input->token >= 0) {
+    const double z = load_element(input->student, call->student_type, input->token);
+    const double log_total = SCALAR(log1p)(out->student.rest), total = 1 + out->student.rest;
+    out->token_logprob = z == out->student.maximum ? -log_total : (z - out->student.maximum) * inverse - log_total;
+    out->token_rest = z == out->student.maximum ? out->student.rest / total : 1 - SCALAR(exp)(out->token_logprob);
+    if (input->teacher) {
+      const double t = load_element(input->teacher, call->teacher_type, input->token);
+      out->token_log_ratio = out->log_ratio - (z - t) * inverse;
+    } else {
+      out->token_log_ratio = input->teacher_logprob - out->token_logprob;
+    }
+    out->advantage = KERNEL(advantage)(call, input, out);
+  }
+}
+
+static void derive(const row_call *call, const row_input *input, const row *from, void *derivatives) {
+  row again = *from;
+  if (is_finite(from->loss)) measure_mixture(call, input, &again, derivatives);
+}
+
+/* The gradient of one lane: scaled (u - p mean), with what each element rule has for it, minus token p: `scaled` is a factor / T,
+ * `token` b factor / T. `constant` is -mean, or what else the rule adds to each id. */
+SPECIALISED lane gradient_rule(const element_rule rule, const int with_token, lane x, lane y, lane derivative,
+                               const row_constants *at, lane scaled, lane constant, lane token) {
+  const lane zero = lane_set(0);
+  lane p, shape;
+  if (rule == element_none) return lane_mul(lane_sub(zero, token), student_mass(x, at));
+  if (rule == element_forward_kl) { /* p - q */
+    const pair_of_masses pair = pair_at(x, y, at);
+    shape = excess_of(pair);
+    p = lane_keep(lane_less(zero, pair.high),
+                  lane_select(pair.teacher_higher, lane_mul(pair.high, pair.ratio), pair.high));
+  } else if (rule == element_reverse_kl) { /* p (d - RKL), with -RKL in the constants of d; 0 where p is */
+    p = student_mass(x, at);
+    shape = lane_keep(lane_less(zero, p), lane_mul(p, log_ratio_of(x, y, at->apart)));
+  } else if (rule == element_entropy) { /* -p (s + H); log Z cancels in s + H */
+    const lane below = bounded_exponent(lane_sub(x, at->student_maximum), at->base);
+    p = lane_mul(exponential(below, at->base), at->student_inverse);
+    shape = lane_mul(p, lane_fma(below, lane_set(-at->apart.inverse), constant));
+  } else { /* u - p mean */
+    p = student_mass(x, at);
+    shape = lane_fma(p, constant, derivative);
+  }
+  if (!with_token) return lane_mul(scaled, shape);
+  return lane_fma(scaled, shape, lane_mul(lane_sub(zero, token), p));
+}
+
+SPECIALISED void gradient_pass(const row_call *call, const row_input *input, const row *from, double factor,
+                               const real *derivatives, void *to, const element_rule rule, const int with_token) {
+  const double per_logit = factor * (double)temperature_of(call).inverse, token_part = from->token_coefficient * per_logit;
+  const int with_teacher = rule == element_reverse_kl || rule == element_forward_kl;
+  const int with_derivatives = needs_derivatives(rule);
+  const double moment = from->student.moment / (1 + from->student.rest);
+  const lane constant = lane_set((real)(rule == element_entropy ? moment : -from->mean));
+  const lane scaled = lane_set((real)(from->divergence_coefficient * per_logit)), token = lane_set((real)token_part);
+  const row_constants constants =
+      constants_of(call, from, rule == element_reverse_kl ? from->log_ratio + from->mean : from->log_ratio);
+  /* A gradient row sums to 0. Where one id has most of the mass, its element is a small difference of large numbers, and is better
+   * had as the negative sum of all the others. */
+  const int64_t dominant = rule != element_none && from->student.rest < 1 ? (int64_t)from->student.index : -1;
+  double others = 0;
+  block at;
+  for (int64_t start = 0; start < call->vocabulary; start += BLOCK) {
+    const int count = block_length(start, call->vocabulary);
+    const real *x = block_at(input->student, call->student_type, start, count, at.x), *y = x, *u = x;
+    const next_block ahead = block_after(input->student, call->student_type, start);
+    real *out = is_in_place(call->student_type, count) ? (real *)to + start : at.p;
+    group sum = group_of(0);
+    lane without = lane_set(0);
+    const int64_t place = input->token - start; /* of the token, if it is in this block */
+    const int has_token = with_token && token_part != 0 && place >= 0 && place < count;
+    if (with_teacher) y = block_at(input->teacher, call->teacher_type, start, count, at.y);
+    if (with_derivatives) u = derivatives + start;
+    if (has_token) /* before the logits are overwritten */
+      without = gradient_rule(rule, with_token, lane_set(x[place]), lane_set(y[place]), lane_set(u[place]), &constants, scaled,
+                              constant, lane_set(0));
+    FOR_EACH_LANE(count) {
+      const lane g = gradient_rule(rule, with_token, lane_load(x + i), lane_load(y + i), lane_load(u + i), &constants, scaled,
+                                   constant, token);
+      prefetch(ahead, i, part);
+      if (rule != element_none) group_add(&sum, part, g);
+      lane_store(out + i, g);
+    }
+    if (has_token) /* b (1 - p_y), from 1 - p_y itself: p_y is too near to 1 to be subtracted from it */
+      out[place] = (real)((double)lane_maximum(without) + token_part * from->token_rest);
+    if (dominant >= start && dominant < start + count) {
+      out[dominant - start] = 0;
+      sum = group_of(0);
+      FOR_EACH_LANE(count) group_add(&sum, part, lane_load(out + i));
+    }
+    others += (double)group_sum(sum.part);
+    if (out == at.p) scatter(out, call->student_type, start, count, to);
+  }
+  if (dominant >= 0) store_element(to, call->student_type, dominant, (double)(real)-others);
+}
+
+static void gradient(const row_call *call, const row_input *input, const row *from, double factor, const void *derivatives,
+                     void *to) {
+  if (!is_finite(from->loss)) {
+    fill(NAN, call->student_type, 0, call->vocabulary, to);
+  } else {
+    switch (call->element) {
+#define PASS(rule, with_token)                                                                                         \
+  case rule: gradient_pass(call, input, from, factor, derivatives, to, rule, with_token); break
+      PASS(element_none, 1);
+      PASS(element_reverse_kl, 0);
+      PASS(element_forward_kl, 0);
+      PASS(element_entropy, 0);
+      case element_jsd:
+      case element_skew_forward: /* the same shape, u - p mean, for all that have derivatives */
+      PASS(element_skew_reverse, 0);
+#undef PASS
+    }
+  }
+  fill(0, call->student_type, call->vocabulary, call->width, to);
+}
+
+static void scale(const void *from, dtype type, int64_t count, double factor, void *to) {
+  _Alignas(64) real at[BLOCK];
+  for (int64_t start = 0; start < count; start += BLOCK) {
+    const int length = block_length(start, count);
+    gather(from, type, start, length, at);
+    for (int i = 0; i < length; i += LANES)
+      lane_store(at + i, lane_mul(lane_load(at + i), lane_set((real)factor)));
+    scatter(at, type, start, length, to);
+  }
+}
+
+#endif

@@ -1,0 +1,56 @@
+"""The C core. Tensors are whatever speaks DLPack; csrc/opdc.h says what they must be."""
+
+from typing import Final
+
+DLPACK_VERSION: Final[tuple[int, int]]
+ROW: Final[int]
+SETTINGS: Final[int]
+__version__: Final[str]
+
+def loss(
+    method: str,
+    student: object,
+    teacher: object | None,
+    tokens: object | None,
+    mask: object | None,
+    weights: object | None,
+    teacher_logprobs: object | None,
+    old_logprobs: object | None,
+    reference_logprobs: object | None,
+    settings: object,
+    reduction: int,
+    advantage: int,
+    valid_vocab: int,
+    value: object,
+    gradient: object | None,
+    rows: object,
+    metrics: object | None,
+    threads: int,
+    /,
+) -> None: ...
+def gradient(
+    method: str,
+    student: object,
+    teacher: object | None,
+    tokens: object | None,
+    mask: object | None,
+    weights: object | None,
+    teacher_logprobs: object | None,
+    old_logprobs: object | None,
+    reference_logprobs: object | None,
+    settings: object,
+    reduction: int,
+    advantage: int,
+    valid_vocab: int,
+    rows: object,
+    upstream: object,
+    gradient: object,
+    threads: int,
+    /,
+) -> None: ...
+def scale(gradient: object, upstream: object, output: object, threads: int, /) -> None: ...
+def methods() -> tuple[str, ...]: ...
+def metric_names() -> tuple[str, ...]: ...
+def metrics_of(method: str, teacher_logits: bool, /) -> tuple[str, ...]: ...
+def instruction_set() -> str: ...
+def instruction_sets() -> tuple[str, ...]: ...

@@ -1,0 +1,42 @@
+"""Losses of on-policy distillation of language models: from student and teacher logits to a loss
+and its gradient, exact and in few passes over memory, on the CPU, for PyTorch.
+
+>>> import opdc, torch
+>>> student = torch.randn(2, 5, 100, requires_grad=True)  # (batch, sequence, vocabulary)
+>>> teacher = torch.randn(2, 5, 100)
+>>> loss = opdc.reverse_kl(student, teacher, temperature=0.7)
+>>> loss.backward()
+>>> student.grad.shape
+torch.Size([2, 5, 100])
+"""
+
+import torch as _torch  # noqa: F401 - first, so that the C core joins its OpenMP runtime
+
+from . import metrics, nn
+from ._ops import __version__
+from .functional import (
+    entropy,
+    forward_kl,
+    jsd,
+    k1,
+    k2,
+    k3,
+    reverse_kl,
+    skew_kl,
+    token_logprobs,
+)
+
+__all__ = [
+    "__version__",
+    "entropy",
+    "forward_kl",
+    "jsd",
+    "k1",
+    "k2",
+    "k3",
+    "metrics",
+    "nn",
+    "reverse_kl",
+    "skew_kl",
+    "token_logprobs",
+]

@@ -1,0 +1,227 @@
+"""``python -m opdc bench``: opdc against eager PyTorch, torch.compile and the memory's bandwidth.
+
+All contenders run on the same tensors, in turns, in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import info
+from .contenders import DTYPES, FUNCTIONS
+from .measure import Benchmark, Plan, available_memory
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+CONTENDERS = ("eager", "compile", "opdc")
+QUICK: dict[str, Any] = {
+    "functions": ["reverse_kl", "forward_kl", "jsd", "k1"],
+    "dtypes": ["float32"],
+    "rows": [256],
+    "threads": [min(2, info.usable_cpus())],
+}
+FULL: dict[str, Any] = {
+    "functions": list(FUNCTIONS),
+    "dtypes": list(DTYPES),
+    "rows": [256, 1024],
+    "threads": sorted({1, min(2, info.usable_cpus())}),
+}
+
+
+def _choice(*known: str) -> Callable[[str], list[str]]:
+    """The type of an argument that lists names from a fixed set."""
+
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
+        return list(dict.fromkeys(names))
+
+    return parse
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    return sorted({_count(word) for word in text.split(",")})
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    def add(flag: str, metavar: str, help: str, **options: Any) -> None:  # noqa: A002
+        parser.add_argument(flag, metavar=metavar, help=help, **options)
+
+    names = ", ".join(FUNCTIONS)
+    add("--functions", "NAMES", f"any of {names} (default: all)", type=_choice(*FUNCTIONS))
+    add("--dtypes", "NAMES", "float32, bfloat16 (default: both)", type=_choice(*DTYPES))
+    add("--rows", "COUNTS", "numbers of rows (default: 256,1024)", type=_counts)
+    add("--threads", "COUNTS", "numbers of threads (default: 1,2)", type=_counts)
+    add(
+        "--contenders",
+        "NAMES",
+        "any of eager, compile, opdc (default: all)",
+        type=_choice(*CONTENDERS),
+        default=list(CONTENDERS),
+    )
+    add("--vocabulary", "V", "logits in a row (default: %(default)s)", type=_count, default=151936)
+    add("--repeats", "N", "calls of each, at most (default: %(default)s)", type=_count, default=7)
+    add(
+        "--budget",
+        "SECONDS",
+        "time to fill; once it is spent, only opdc is still measured (default: %(default)s)",
+        type=_seconds,
+        default=1200.0,
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a couple of minutes: four functions in float32, 256 rows; other flags still hold",
+    )
+    add(
+        "--output",
+        "FOLDER",
+        "where bench.json and bench.png go (default: %(default)s)",
+        type=Path,
+        default=Path("opdc-bench"),
+    )
+    add(
+        "--json",
+        "PATH",
+        "the JSON file instead; without PATH the JSON is printed, and the tables go to stderr",
+        nargs="?",
+        const="-",
+    )
+    add("--plot", "PATH", "the plot instead", type=Path)
+    add("--report", "RESULT", "measure nothing: show this JSON file of an earlier run", type=Path)
+    add("--update-readme", "README", "put the table between its benchmark markers", type=Path)
+    parser.set_defaults(fail=parser.error)
+
+
+def plan_of(arguments: argparse.Namespace) -> Plan:
+    chosen = {
+        name: getattr(arguments, name) or default
+        for name, default in (QUICK if arguments.quick else FULL).items()
+    }
+    plan = Plan(
+        **chosen,
+        contenders=arguments.contenders,
+        vocabulary=arguments.vocabulary,
+        repeats=arguments.repeats,
+        budget=arguments.budget,
+    )
+    if max(plan.threads) > info.usable_cpus():
+        arguments.fail(
+            f"argument --threads: {max(plan.threads)} threads, but this process may use "
+            f"{info.usable_cpus()} CPUs"
+        )
+    # The gradient is one matrix more, and half as much again is left to whoever else is here.
+    if 1.5 * plan.bytes() > available_memory():
+        arguments.fail(
+            f"argument --rows: {max(plan.rows):,} x {plan.vocabulary:,} logits need "
+            f"{1.5 * plan.bytes() / 2**30:.1f} GiB, but {available_memory() / 2**30:.1f} GiB are "
+            "available; give fewer --rows"
+        )
+    return plan
+
+
+def measure(plan: Plan, console: Console) -> dict[str, Any]:
+    """Run the plan under a progress bar; Ctrl-C ends it with what was reached."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    steps = len(plan.cases()) + len(plan.functions) * len(plan.dtypes)
+    benchmark = Benchmark(plan)
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("making the inputs", total=steps)
+        try:
+            for step, description in enumerate(benchmark.run()):
+                progress.update(task, completed=step, description=description)
+                if not console.is_terminal:
+                    console.print(f"[{step + 1}/{steps}] {description}", markup=False)
+        except KeyboardInterrupt:
+            console.print("stopped: what follows was measured until then")
+    return benchmark.result
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The result of an earlier run."""
+    result = json.loads(path.read_text())
+    if not isinstance(result, dict) or not {"machine", "cases"} <= result.keys():
+        raise ValueError("not written by this benchmark")
+    return result
+
+
+def run(arguments: argparse.Namespace) -> int:
+    fail = arguments.fail
+    try:
+        import matplotlib  # noqa: F401
+        from rich.console import Console
+
+        from . import report
+    except ImportError as error:
+        fail(f"{error.name} is not installed: pip install '.[bench]'")
+
+    # Whatever could fail at the end fails now.
+    readme: Path | None = arguments.update_readme
+    try:
+        if readme is not None:
+            report.replace_between_markers(readme.read_text(), "")
+        for path in (arguments.plot, arguments.json and Path(arguments.json)):
+            if path is not None and not path.parent.is_dir():
+                raise FileNotFoundError(f"no folder {path.parent}")
+        if arguments.report is None:
+            plan = plan_of(arguments)
+            arguments.output.mkdir(parents=True, exist_ok=True)
+            result = measure(plan, Console(stderr=True))
+        else:
+            result = load(arguments.report)
+    except (OSError, ValueError) as error:
+        fail(str(error))
+    if not result["cases"]:
+        fail("stopped before anything was measured")
+
+    to_stdout = arguments.json == "-"
+    written = []
+    if arguments.report is None or arguments.json:
+        text = json.dumps(result, indent=2) + "\n"
+        if to_stdout:
+            print(text, end="")
+        else:
+            written.append(Path(arguments.json or arguments.output / "bench.json"))
+            written[-1].write_text(text)
+    if arguments.report is None or arguments.plot:
+        written.append(arguments.plot or arguments.output / "bench.png")
+        report.save_plot(result, written[-1])
+    if readme is not None:
+        text = report.replace_between_markers(readme.read_text(), report.markdown(result))
+        readme.write_text(text)
+        written.append(readme)
+    console = Console(stderr=to_stdout)
+    report.print_tables(result, console)
+    if written:
+        console.print(f"written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
+    return 0 if result["complete"] else 130  # as a shell reports Ctrl-C

@@ -1,0 +1,335 @@
+"""How it is measured: the clock, the memory, and the order of the calls."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import info
+from .contenders import (
+    DTYPES,
+    FUNCTIONS,
+    Contender,
+    Function,
+    Inputs,
+    loss_and_gradient,
+    make_inputs,
+)
+
+SLOW = 4.0  # seconds; a call as long as this is not worth repeating, its noise averages out in it
+CHECKED_ROWS = 2  # whose gradient is compared with float64
+OVERHEAD_SHAPE = (1, 32)  # so few logits that only the cost of the call is left
+OVERHEAD_CALLS = 2000
+
+
+@dataclass
+class Plan:
+    """What to measure. Sizes of the loops are in the order in which they run: the first cases
+    are the ones that matter most, because the budget may end before the last."""
+
+    functions: Sequence[str]
+    dtypes: Sequence[str]
+    rows: Sequence[int]
+    threads: Sequence[int]
+    contenders: Sequence[str]
+    vocabulary: int
+    repeats: int
+    budget: float
+    seed: int = 0
+
+    def cases(self) -> list[tuple[int, int, str, str]]:
+        threads = sorted(self.threads, reverse=True)
+        return list(itertools.product(sorted(self.rows), threads, self.dtypes, self.functions))
+
+    def bytes(self) -> int:
+        """What the inputs need: student, teacher and scratch in float32 and in each other dtype."""
+        element = 4 + sum(DTYPES[name].itemsize for name in self.dtypes if name != "float32")
+        return 3 * element * max(self.rows) * self.vocabulary
+
+
+# ---- memory ----------------------------------------------------------------------------------
+
+
+def available_memory() -> float:
+    """Bytes that can still be allocated; infinite where the system does not tell."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return float("inf")
+    fields = dict(line.split(":") for line in text.splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def _status(field: str) -> int:
+    """A size in bytes from /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def _sampled_peak(run: Callable[[], Any]) -> int:
+    """The peak of the resident memory during a call, by looking as often as possible."""
+    peak, done = _status("VmRSS"), threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, _status("VmRSS"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        run()
+    finally:
+        done.set()
+        watcher.join()
+    return peak
+
+
+def extra_memory(contender: Contender) -> int | None:
+    """Bytes that a call needs beyond what is there before it; None where the system cannot tell."""
+    contender.prepare()
+    gc.collect()
+    try:
+        before = _status("VmRSS")
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, back to VmRSS
+        except OSError:
+            return _sampled_peak(contender.run) - before
+        result = contender.run()  # noqa: F841, kept: the gradient counts
+        return _status("VmHWM") - before
+    except OSError:
+        return None
+
+
+# ---- time ------------------------------------------------------------------------------------
+
+
+def timed(contender: Contender) -> tuple[float, Any]:
+    """Seconds of one call, and its result, which is thus freed after the clock has stopped."""
+    contender.prepare()
+    start = time.perf_counter()
+    result = contender.run()
+    return time.perf_counter() - start, result
+
+
+def interleave(
+    contenders: dict[str, Contender],
+    repeats: int,
+    share: float,
+    inspect: Callable[[str, Any], None],
+) -> dict[str, list[float]]:
+    """Seconds of each call. Contenders take turns, so that all meet the same noise.
+
+    Each contender may take ``share`` seconds: slow ones are repeated less, evenly over the rounds.
+    ``inspect`` sees the result of the first call of each.
+    """
+    samples: dict[str, list[float]] = {}
+    turns: dict[int, list[str]] = {}
+    for name, contender in contenders.items():
+        first, result = timed(contender)
+        inspect(name, result)
+        del result
+        samples[name] = [first] if first > SLOW else []  # else the first was only a warm-up
+        count = 0 if first > SLOW else int(min(max(share / first, 3), repeats))
+        for turn in range(count):
+            turns.setdefault(turn * repeats // count, []).append(name)
+    for turn in sorted(turns):
+        for name in turns[turn]:
+            samples[name].append(timed(contenders[name])[0])
+    return samples
+
+
+def microseconds(samples: list[float], rows: int) -> dict[str, float]:
+    per_row = [1e6 * sample / rows for sample in samples]
+    return {
+        "median": statistics.median(per_row),
+        "low": min(per_row),
+        "high": max(per_row),
+        "repeats": len(per_row),
+    }
+
+
+def call_overhead(function: Function, dtype: torch.dtype, textbook: bool) -> float:
+    """Microseconds of loss and gradient where there is next to nothing to compute."""
+    inputs = make_inputs(*OVERHEAD_SHAPE).to(dtype)
+    call = function.textbook if textbook else function.opdc
+    teacher, tokens = inputs.teacher_of(function), inputs.tokens
+    student = inputs.student.requires_grad_()
+    samples = []
+    for _ in range(OVERHEAD_CALLS):
+        start = time.perf_counter_ns()
+        torch.autograd.grad(call(student, teacher, tokens), student)
+        samples.append(time.perf_counter_ns() - start)
+    return statistics.median(samples) / 1000
+
+
+# ---- the benchmark ---------------------------------------------------------------------------
+
+
+def reference_gradient(function: Function, inputs: Inputs) -> Tensor:
+    """The gradient of the first rows by the textbook in float64."""
+    few = inputs.slice(0, CHECKED_ROWS)
+    student = few.student.double().requires_grad_()
+    teacher = few.teacher_of(function)
+    if function.teacher_logprobs or teacher.dim() > 1:
+        teacher = teacher.double()
+    loss = function.textbook(student, teacher, few.tokens) * (len(few) / len(inputs))
+    (gradient,) = torch.autograd.grad(loss, student)
+    return gradient
+
+
+class Benchmark:
+    """Runs a plan. ``result`` is complete after every case, whenever it is stopped."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.started = time.monotonic()
+        self.compile_error: str | None = None
+        self.result: dict[str, Any] = {
+            "machine": info.collect(),
+            "vocabulary": plan.vocabulary,
+            "complete": False,
+            "cases": [],
+            "overhead": [],
+        }
+        wide = make_inputs(max(plan.rows), plan.vocabulary, plan.seed)
+        self.inputs = {
+            name: wide if name == "float32" else wide.to(DTYPES[name]) for name in plan.dtypes
+        }
+        # One float32 matrix onto another: the copy that a stream is half of.
+        self.copy_from, self.copy_to = wide.student, wide.scratch
+        self.memory: dict[tuple[str, str, str], float] = {}  # bytes a row, where measured
+
+    def run(self) -> Iterator[str]:
+        """Measures case by case, yielding what comes next."""
+        threads = torch.get_num_threads()
+        try:
+            for rows, count, dtype, function in self.plan.cases():
+                yield f"{FUNCTIONS[function].title}, {dtype}, {rows} rows, threads: {count}"
+                torch.set_num_threads(count)
+                self.result["cases"].append(self.case(function, dtype, rows, count))
+            torch.set_num_threads(max(self.plan.threads))
+            for dtype, function in itertools.product(self.plan.dtypes, self.plan.functions):
+                yield f"{FUNCTIONS[function].title}, {dtype}, overhead of a call"
+                self.result["overhead"].append(self.overhead(function, dtype))
+            self.result["complete"] = True
+        finally:
+            torch.set_num_threads(threads)
+            self.result["seconds"] = time.monotonic() - self.started
+
+    def overhead(self, function: str, dtype: str) -> dict[str, Any]:
+        record: dict[str, Any] = {"function": function, "dtype": dtype}
+        for name in ("eager", "opdc"):
+            if name in self.plan.contenders:
+                arguments = FUNCTIONS[function], DTYPES[dtype], name == "eager"
+                record[name] = call_overhead(*arguments)
+        return record
+
+    def case(self, name: str, dtype: str, rows: int, threads: int) -> dict[str, Any]:
+        function = FUNCTIONS[name]
+        inputs = self.inputs[dtype].slice(0, rows)
+        notes: list[str] = []
+        contenders = self.contenders(name, dtype, inputs, notes)
+        reference = reference_gradient(function, inputs)
+        errors: dict[str, float] = {}
+
+        def inspect(key: str, gradient: Tensor) -> None:
+            """All must have done the same work: the relative error, in norm, against float64."""
+            if key in contenders:
+                error = gradient[:CHECKED_ROWS].double() - reference
+                errors[key] = float(error.norm() / reference.norm())
+
+        source, target = self.copy_from[:rows], self.copy_to[:rows]
+        measured = {
+            "copy": Contender(lambda: target.copy_(source)),
+            "fill": Contender(lambda: torch.empty_like(inputs.student).fill_(1.0)),
+            **contenders,
+        }
+        share = self.plan.budget / len(self.plan.cases()) / len(measured)
+        samples = interleave(measured, self.plan.repeats, share, inspect)
+        times = {key: microseconds(values, rows) for key, values in samples.items()}
+        stream = times["copy"]["median"] / 2
+
+        memory = {}
+        if rows == min(self.plan.rows) and threads == max(self.plan.threads):
+            memory = {key: extra_memory(contender) for key, contender in contenders.items()}
+            for key, size in memory.items():
+                if size is not None:
+                    self.memory[name, dtype, key] = size / rows
+        return {
+            "function": name,
+            "dtype": dtype,
+            "rows": rows,
+            "threads": threads,
+            "microseconds": times,
+            "stream": stream,
+            "fill": times["fill"]["median"],
+            "streams": {key: times[key]["median"] / stream for key in contenders},
+            "least": function.matrices * DTYPES[dtype].itemsize / 4,
+            "memory": memory,
+            "gradient": inputs.student.nbytes,
+            "gradient_error": errors,
+            "notes": notes,
+        }
+
+    def contenders(
+        self, name: str, dtype: str, inputs: Inputs, notes: list[str]
+    ) -> dict[str, Contender]:
+        """The contenders of a case; whatever is left out says why in ``notes``."""
+        function = FUNCTIONS[name]
+        spent = time.monotonic() - self.started
+        found: dict[str, Contender] = {}
+        for key in ("eager", "compile"):
+            if key not in self.plan.contenders:
+                continue
+            if spent > self.plan.budget:
+                notes.append(f"{key} left out: the budget of {self.plan.budget:.0f} s is spent")
+                continue
+            call = function.textbook
+            if key == "compile":
+                if self.compile_error is not None:
+                    notes.append(f"compile left out: {self.compile_error}")
+                    continue
+                torch._dynamo.reset()  # an earlier case must not use up the recompilations
+                call = torch.compile(function.textbook, fullgraph=True, dynamic=False)
+            pieces = self.pieces(name, dtype, key, len(inputs))
+            if pieces > 1:
+                notes.append(f"{key} in {pieces} pieces: the whole would not fit into memory")
+            contender = loss_and_gradient(call, function, inputs, pieces=pieces)
+            if key == "compile":
+                try:
+                    timed(contender)
+                except Exception as error:  # no compiler, or one that fails in its own way
+                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    self.compile_error = reason
+                    notes.append(f"compile left out: {reason}")
+                    continue
+            found[key] = contender
+        if "opdc" in self.plan.contenders:
+            found["opdc"] = loss_and_gradient(function.opdc, function, inputs)
+            if function.inplace:
+                found["opdc_inplace"] = loss_and_gradient(
+                    function.opdc, function, inputs, inplace=True
+                )
+        return found
+
+    def pieces(self, name: str, dtype: str, contender: str, rows: int) -> int:
+        """Into how many pieces the rows must be cut for the memory to suffice."""
+        guess = 14 * 4 * self.plan.vocabulary  # of the Jensen-Shannon divergence, the greediest
+        need = self.memory.get((name, dtype, contender), guess) * rows
+        pieces = 1
+        while need / pieces > 0.8 * available_memory() and pieces < rows:
+            pieces *= 2
+        return pieces

@@ -1,0 +1,407 @@
+"""What is shown of a result: tables for the terminal and for a README, and a plot.
+
+Everything here reads the result as it stands in the JSON file, so old results can be shown too.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .contenders import FUNCTIONS
+
+NAMES = {
+    "eager": "eager",
+    "compile": "torch.compile",
+    "opdc": "opdc",
+    "opdc_inplace": "opdc in place",
+}
+COLOURS = {
+    "eager": "#c9c9c9",
+    "compile": "#8d99ae",
+    "opdc": "#7fb8e6",
+    "opdc_inplace": "#1f6fb4",
+}
+BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+MISSING = "–"
+
+Case = dict[str, Any]
+
+
+def title(case: Case) -> str:
+    return FUNCTIONS[case["function"]].title
+
+
+def median(case: Case, contender: str) -> float | None:
+    found = case["microseconds"].get(contender)
+    return None if found is None else float(found["median"])
+
+
+def best(case: Case) -> str:
+    """The contender to compare with others: opdc in place where there is such a call."""
+    return "opdc_inplace" if "opdc_inplace" in case["microseconds"] else "opdc"
+
+
+def ratio(case: Case, over: str) -> float | None:
+    """How many times faster opdc is."""
+    slow, fast = median(case, over), median(case, best(case))
+    return None if slow is None or fast is None else slow / fast
+
+
+def page_cost(case: Case) -> float | None:
+    """What a fresh gradient costs over one in place, in units of torch's empty().fill_() of it."""
+    fresh, inplace = median(case, "opdc"), median(case, "opdc_inplace")
+    return None if fresh is None or inplace is None else (fresh - inplace) / case["fill"]
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A few significant digits, thousands grouped: 0.041, 3.42, 51.3, 1,408."""
+    if value is None:
+        return MISSING
+    if value == 0:
+        return "0"
+    decimals = max(0, digits - 1 - int(f"{abs(value):e}".split("e")[1]))
+    return f"{value:,.{decimals}f}"
+
+
+def times(value: float | None) -> str:
+    return MISSING if value is None else f"{number(value, 2)}×"
+
+
+def mebibytes(value: float | None) -> str:
+    return MISSING if value is None else f"{value / 2**20:,.1f}"
+
+
+def seen(cases: Iterable[Case], field: str) -> list[Any]:
+    """The values of a field, in the order of their first appearance."""
+    return list(dict.fromkeys(case[field] for case in cases))
+
+
+def contenders(result: dict[str, Any]) -> list[str]:
+    present = {name for case in result["cases"] for name in case["microseconds"]}
+    return [name for name in NAMES if name in present]
+
+
+def select(result: dict[str, Any], **fields: Any) -> list[Case]:
+    return [
+        case
+        for case in result["cases"]
+        if all(case[field] == value for field, value in fields.items())
+    ]
+
+
+def principal(result: dict[str, Any]) -> list[Case]:
+    """The cases of which there is most to tell: the fewest rows and all threads."""
+    cases = result["cases"]
+    rows, threads = min(seen(cases, "rows")), max(seen(cases, "threads"))
+    return select(result, rows=rows, threads=threads)
+
+
+def plural(count: int, word: str) -> str:
+    return f"{count:,} {word}" + ("" if count == 1 else "s")
+
+
+# ---- the terminal ----------------------------------------------------------------------------
+
+
+def _table(heading: str, caption: str, columns: Iterable[str]) -> Table:
+    table = Table(title=heading, caption=caption, title_justify="left", caption_justify="left")
+    table.title_style, table.caption_style = "bold", "dim"
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=index == 0)
+    return table
+
+
+def _with_spread(case: Case, contender: str) -> str:
+    found = case["microseconds"].get(contender)
+    if found is None:
+        return MISSING
+    if found["repeats"] == 1:
+        return f"{number(found['median'])} [dim](once)[/dim]"
+    spread = (found["high"] - found["low"]) / 2 / found["median"]
+    return f"{number(found['median'])} [dim]±{spread:.0%}[/dim]"
+
+
+def time_table(result: dict[str, Any], cases: list[Case]) -> Table:
+    names = contenders(result)
+    stream = statistics.median(case["stream"] for case in cases)
+    fill = statistics.median(case["fill"] for case in cases)
+    first = cases[0]
+    table = _table(
+        f"{first['dtype']}, {first['rows']:,} × {result['vocabulary']:,} logits, "
+        f"{plural(first['threads'], 'thread')}: microseconds a row for loss and gradient",
+        f"Medians, ± half the range. One stream, half a copy of a float32 row: {number(stream)} µs."
+        f" empty().fill_() of the gradient: {number(fill)} µs a row.",
+        ["function"]
+        + [NAMES[name] for name in names]
+        + ["streams", "in place", "least"]
+        + [f"× {NAMES[name]}" for name in names if name in ("eager", "compile")]
+        + ["pages"],
+    )
+    for case in cases:
+        streams = case["streams"]
+        table.add_row(
+            title(case),
+            *(_with_spread(case, name) for name in names),
+            number(streams.get("opdc"), 2),
+            f"[bold]{number(streams.get('opdc_inplace'), 2)}[/bold]",
+            number(case["least"], 2),
+            *(times(ratio(case, name)) for name in names if name in ("eager", "compile")),
+            number(page_cost(case), 2),
+        )
+    return table
+
+
+def thread_table(result: dict[str, Any]) -> Table | None:
+    """How much faster the most threads are than one."""
+    counts = seen(result["cases"], "threads")
+    many = max(counts)
+    if 1 not in counts or many == 1:
+        return None
+    sizes = seen(({"size": (c["rows"], c["dtype"])} for c in result["cases"]), "size")
+    table = _table(
+        f"{many} threads over 1: how many times faster (opdc, in place where it can be)",
+        "",
+        ["function", *(f"{dtype}, {rows:,} rows" for rows, dtype in sizes)],
+    )
+    for function in seen(result["cases"], "function"):
+        cells = []
+        for rows, dtype in sizes:
+            pair = [
+                select(result, function=function, rows=rows, dtype=dtype, threads=threads)
+                for threads in (1, many)
+            ]
+            values = [median(case[0], best(case[0])) if case else None for case in pair]
+            one, all_ = values
+            cells.append(times(None if one is None or all_ is None else one / all_))
+        table.add_row(FUNCTIONS[function].title, *cells)
+    return table
+
+
+def memory_table(result: dict[str, Any], cases: list[Case]) -> Table:
+    names = contenders(result)
+    first = cases[0]
+    table = _table(
+        f"{first['dtype']}, {first['rows']:,} rows: extra memory, and the error of the gradient",
+        "MiB at the peak beyond what was there before the call; the fresh gradient itself has "
+        f"{mebibytes(first['gradient'])}.\nError: relative, in norm, against float64.",
+        ["function"]
+        + [f"{NAMES[name]}, MiB" for name in names]
+        + [f"error, {NAMES[name]}" for name in names if name != "opdc_inplace"],
+    )
+    for case in cases:
+        table.add_row(
+            title(case),
+            *(mebibytes(case["memory"].get(name)) for name in names),
+            *(
+                f"{case['gradient_error'][name]:.1e}" if name in case["gradient_error"] else MISSING
+                for name in names
+                if name != "opdc_inplace"
+            ),
+        )
+    return table
+
+
+def overhead_table(result: dict[str, Any]) -> Table:
+    dtypes = seen(result["overhead"], "dtype")
+    names = [name for name in ("eager", "opdc") if name in result["overhead"][0]]
+    table = _table(
+        "Overhead of a call: microseconds for loss and gradient of 1 × 32 logits",
+        "",
+        ["function", *(f"{NAMES[name]}, {dtype}" for dtype in dtypes for name in names)],
+    )
+    for function in seen(result["overhead"], "function"):
+        of_function = {c["dtype"]: c for c in result["overhead"] if c["function"] == function}
+        table.add_row(
+            FUNCTIONS[function].title,
+            *(number(of_function.get(dtype, {}).get(name)) for dtype in dtypes for name in names),
+        )
+    return table
+
+
+def machine(result: dict[str, Any]) -> str:
+    facts = result["machine"]
+    return (
+        f"{facts['cpu']}, {facts['cpus']} CPUs, opdc {facts['opdc']} "
+        f"({facts['instruction_set']}), torch {facts['torch']}"
+    )
+
+
+def print_tables(result: dict[str, Any], console: Console) -> None:
+    if not console.is_terminal:
+        console = Console(file=console.file, width=140)  # a file has no edge to fold lines at
+    console.print(machine(result), highlight=False)
+    cases = result["cases"]
+    groups = dict.fromkeys((c["rows"], c["threads"], c["dtype"]) for c in cases)
+    for rows, threads, dtype in groups:
+        chosen = select(result, rows=rows, threads=threads, dtype=dtype)
+        console.print(time_table(result, chosen), "", highlight=False)
+    if cases:
+        console.print(
+            "[dim]streams: of opdc with a fresh gradient, and in place; least: every matrix read "
+            "or written once. ×: over opdc,\nin place where it can be. pages: what a fresh gradient"
+            " costs over one in place, in units of empty().fill_().[/dim]\n"
+        )
+    for dtype in seen(cases, "dtype"):
+        chosen = [case for case in principal(result) if case["dtype"] == dtype and case["memory"]]
+        if chosen:
+            console.print(memory_table(result, chosen), "", highlight=False)
+    threads_over_one = thread_table(result) if cases else None
+    if threads_over_one is not None:
+        console.print(threads_over_one, "", highlight=False)
+    if result["overhead"]:
+        console.print(overhead_table(result), "", highlight=False)
+    for note, where in notes(result).items():
+        console.print(f"[yellow]{note}[/yellow] ({where})", highlight=False)
+
+
+def notes(result: dict[str, Any]) -> dict[str, str]:
+    """What was left out or done otherwise, and where."""
+    found: dict[str, list[str]] = {}
+    for case in result["cases"]:
+        where = f"{title(case)} {case['dtype']} {case['rows']} rows {case['threads']} thr."
+        for note in case["notes"]:
+            found.setdefault(note, []).append(where)
+    return {
+        note: f"{where[0]} and {len(where) - 1} more" if len(where) > 1 else where[0]
+        for note, where in found.items()
+    }
+
+
+# ---- a README --------------------------------------------------------------------------------
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The principal cases as a Markdown table, with the machine below."""
+    cases = principal(result)
+    names = contenders(result)
+    compared = [name for name in ("eager", "compile") if name in names]
+
+    columns: list[tuple[str, Callable[[Case], str]]] = [
+        ("loss + gradient", title),
+        ("dtype", lambda case: str(case["dtype"])),
+    ]
+    for name in names:
+        heading = NAMES[name].replace("opdc in place", "opdc, `inplace`")
+        columns.append((heading, lambda case, name=name: number(median(case, name))))  # type: ignore[misc]
+    for name in compared:
+        heading = f"vs {NAMES[name]}"
+        columns.append((heading, lambda case, name=name: times(ratio(case, name))))  # type: ignore[misc]
+    columns.append(("streams (least)", _streams))
+    columns.append(("extra memory, MiB", _memory))
+
+    lines = [
+        "| " + " | ".join(heading for heading, _ in columns) + " |",
+        "|---|---|" + "---:|" * (len(columns) - 2),
+        *("| " + " | ".join(cell(case) for _, cell in columns) + " |" for case in cases),
+    ]
+    first = cases[0]
+    stream = statistics.median(case["stream"] for case in cases)
+    remarks = [
+        f"Microseconds a row, medians; {first['rows']:,} × {result['vocabulary']:,} logits, "
+        f"{plural(first['threads'], 'thread')}, {machine(result)}.",
+        f"A *stream* is half the time of copying one float32 row ({number(stream)} µs in this run);"
+        " *least* is every matrix read or written once.",
+        "Ratios and streams are those of `inplace=True` where the function has it; memory is what "
+        "the call needs beyond its inputs: eager → opdc → in place.",
+    ]
+    return "\n".join([*lines, "", *remarks])
+
+
+def _streams(case: Case) -> str:
+    return f"{number(case['streams'].get(best(case)), 2)} ({number(case['least'], 2)})"
+
+
+def _memory(case: Case) -> str:
+    sizes = [case["memory"].get(name) for name in ("eager", "opdc", "opdc_inplace")]
+    return " → ".join(f"{size / 2**20:,.0f}" for size in sizes if size is not None) or MISSING
+
+
+def replace_between_markers(text: str, table: str) -> str:
+    """The text with whatever stands between the benchmark's markers replaced."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{BEGIN} … {END} is missing")
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+# ---- the plot --------------------------------------------------------------------------------
+
+
+def save_plot(result: dict[str, Any], path: Path) -> None:
+    """Time a row of each contender beside the time that moving the matrices alone would take."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = principal(result)
+    names, dtypes = contenders(result), seen(cases, "dtype")
+    most = max(sum(case["dtype"] == dtype for case in cases) for dtype in dtypes)
+    figure, panels = plt.subplots(
+        len(dtypes),
+        1,
+        figsize=(max(6.0, 1.2 + most), 0.7 + 2.9 * len(dtypes)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    width = 0.84 / len(names)
+    for dtype, axes in zip(dtypes, panels[:, 0], strict=True):
+        chosen = [case for case in cases if case["dtype"] == dtype]
+        for offset, name in enumerate(names):
+            heights = [median(case, name) for case in chosen]
+            places = [x + (offset - (len(names) - 1) / 2) * width for x in range(len(chosen))]
+            axes.bar(
+                places,
+                [float("nan") if height is None else height for height in heights],
+                width,
+                label=NAMES[name],
+                color=COLOURS[name],
+            )
+        for x, case in enumerate(chosen):
+            axes.hlines(
+                case["least"] * case["stream"],
+                x - 0.45,
+                x + 0.45,
+                colors="black",
+                linewidth=1.2,
+                label=None if x else "reading and writing alone",
+            )
+            fastest, slowest = ratio(case, "eager"), median(case, "eager")
+            if fastest is not None and slowest is not None:
+                axes.annotate(
+                    f"{fastest:.0f}×",
+                    (x, slowest),
+                    (0, 3),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8,
+                )
+        axes.set_yscale("log")
+        axes.margins(x=0.01, y=0.12)
+        axes.set_ylabel(f"{dtype}\nµs a row")
+        axes.set_xticks(range(len(chosen)), [title(case).replace(", ", ",\n") for case in chosen])
+        axes.tick_params(axis="x", length=0, labelsize=8)
+        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+    first = cases[0]
+    figure.suptitle(
+        f"Loss and gradient, {first['rows']:,} × {result['vocabulary']:,} logits, "
+        f"{plural(first['threads'], 'thread')}, {result['machine']['cpu']}",
+        fontsize=10,
+    )
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8
+    )
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,105 @@
+"""`python -m opdc demo`: one real on-policy distillation on the CPU, in about a minute.
+
+`loop.py` is the part to copy; the rest feeds it, watches it and reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import os
+import sys
+from pathlib import Path
+
+EXTRA = ("transformers", "matplotlib", "rich", "safetensors")
+METHODS = ("reverse_kl", "forward_kl", "jsd", "skew_kl", "k1", "k2", "k3")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Distil a small teacher into a weaker student, on the student's own rollouts, with "
+        "opdc's loss. Offline; without options it uses two models that come with the package."
+    )
+    parser.add_argument(
+        "--method", choices=METHODS, default="reverse_kl", help="the loss (default: reverse_kl)"
+    )
+    parser.add_argument("--steps", type=_positive_int, default=100, help="updates (default: 100)")
+    parser.add_argument(
+        "--batch", type=_positive_int, default=64, help="rollouts in an update (default: 64)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and sampling (default: 0)")
+    parser.add_argument(
+        "--learning-rate", type=_positive_float, default=1e-3, help="of AdamW (default: 1e-3)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=_positive_float,
+        default=1.0,
+        help="of the rollouts and of the loss (default: 1)",
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=_positive_int, default=26, help="in a response (default: 26)"
+    )
+    parser.add_argument(
+        "--student", type=Path, metavar="FOLDER", help="a local Hugging Face model to train"
+    )
+    parser.add_argument(
+        "--teacher", type=Path, metavar="FOLDER", help="a local one with the same tokenizer"
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help='JSONL: {"prompt": "...", "answer": "..."} a line, the answer optional; prompts '
+        "are used as they stand, and a response is right if its last words are the answer",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="PNG",
+        default=Path("opdc-demo.png"),
+        help="the plot (default: ./opdc-demo.png)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as one JSON object instead of tables"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code 0: done, or interrupted after a first evaluation; 2: the input is at fault."""
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        return _fail(f"{', '.join(missing)} not installed: pip install '.[demo]'")
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read by transformers when it is imported
+    try:
+        from .command import run_demo
+        from .loading import DemoError
+
+        try:
+            run_demo(arguments)
+        except DemoError as error:
+            return _fail(str(error))
+    except KeyboardInterrupt:
+        print("python -m opdc demo: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _fail(reason: str) -> int:
+    print(f"python -m opdc demo: error: {reason}", file=sys.stderr)
+    return 2
+
+
+def _positive_int(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+def _positive_float(text: str) -> float:
+    number = float(text)
+    if not (number > 0 and math.isfinite(number)):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number

@@ -1,0 +1,141 @@
+"""On-policy distillation with Hugging Face models: the loop to copy into your own code.
+
+B prompts of P tokens (padded on the left) give B responses of C tokens; V is the vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Prompts and the responses that a model gave to them."""
+
+    sequences: Tensor  # (B, P + C), prompt and response
+    attention_mask: Tensor  # (B, P + C), 0 on padding at either side
+    tokens: Tensor  # (B, C), the response
+    mask: Tensor  # (B, C), true up to and including the end token
+    finished: Tensor  # (B,), whether the response came to its end token
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update leaves behind for whoever watches."""
+
+    loss: float
+    rollout: Rollout
+    student_logits: Tensor  # (B, C, V), detached
+    teacher_logits: Tensor  # (B, C, V)
+
+
+class Clock:
+    """Adds up the seconds spent under each name: `with clock("rollout"): ...`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+
+def distill(
+    student: Any,
+    teacher: Any,
+    tokenizer: Any,
+    loss_function: torch.nn.Module,
+    batches: Iterable[list[str]],
+    *,
+    learning_rate: float,
+    temperature: float,
+    max_new_tokens: int,
+    clock: Clock,
+) -> Iterator[Update]:
+    """Make one update of the student for each batch of prompts, and yield after each."""
+    optimizer = torch.optim.AdamW(
+        student.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=0.0
+    )
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10))
+
+    for prompts in batches:
+        with clock("rollout"):
+            rollout = roll_out(student, tokenizer, prompts, temperature, max_new_tokens)
+        with clock("teacher forward"), torch.no_grad():
+            teacher_logits = response_logits(teacher, rollout)
+        with clock("student forward"):
+            student_logits = response_logits(student, rollout)
+        with clock("loss"):
+            loss = loss_function(
+                student_logits,
+                teacher_logits,
+                tokens=rollout.tokens,
+                mask=rollout.mask,
+                temperature=temperature,
+            )
+        with clock("backward"):
+            loss.backward()
+        with clock("optimizer"):
+            torch.nn.utils.clip_grad_norm_(student.parameters(), max_norm=1.0)
+            optimizer.step()
+            warmup.step()
+            optimizer.zero_grad()
+        yield Update(loss.item(), rollout, student_logits.detach(), teacher_logits)
+
+
+@torch.no_grad()
+def roll_out(
+    model: Any, tokenizer: Any, prompts: list[str], temperature: float, max_new_tokens: int
+) -> Rollout:
+    """Sample a response to each prompt from the model's full distribution; temperature 0: greedy.
+
+    The default of `generate` is top_k=50, which would silently sample from another policy than
+    the one that the loss differentiates.
+    """
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    input_ids, prompt_mask = inputs["input_ids"], inputs["attention_mask"]
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    sequences = model.generate(
+        input_ids=input_ids,
+        attention_mask=prompt_mask,
+        max_new_tokens=max_new_tokens,
+        **(sampling if temperature > 0 else {"do_sample": False}),
+    )
+    tokens = sequences[:, input_ids.shape[1] :]
+    is_end = torch.isin(tokens, torch.tensor(end_tokens(model), dtype=torch.long))
+    mask = is_end.cumsum(-1) - is_end.long() == 0  # no end token before this one
+    attention_mask = torch.cat([prompt_mask, mask.long()], dim=1)
+    return Rollout(sequences, attention_mask, tokens, mask, finished=is_end.any(-1))
+
+
+def response_logits(model: Any, rollout: Rollout) -> Tensor:
+    """The logits (B, C, V) that predict the tokens of the response: logits[t] predicts tokens[t].
+
+    Only those of the response are computed, with the last token of the prompt, which predicts
+    the first. The positions are counted from each prompt's own first token.
+    """
+    output = model(
+        input_ids=rollout.sequences,
+        attention_mask=rollout.attention_mask,
+        position_ids=(rollout.attention_mask.cumsum(-1) - 1).clamp(min=0),
+        logits_to_keep=rollout.tokens.shape[1] + 1,
+        use_cache=False,
+    )
+    logits: Tensor = output.logits
+    return logits[:, :-1]  # the last one predicts a token after the response
+
+
+def end_tokens(model: Any) -> list[int]:
+    """The ids that end a response: none, one or several."""
+    ids = model.generation_config.eos_token_id
+    return [] if ids is None else ids if isinstance(ids, list) else [ids]

@@ -1,0 +1,109 @@
+"""``python -m opdc info``: what this installation runs on. Needs nothing but torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opdc import _C
+
+
+def version(distribution: str) -> str:
+    """The version of an installed package."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "unknown (not installed as a package)"
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may use, which is not always how many there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_model() -> str:
+    """The name that the processor gives itself, else its architecture."""
+    try:
+        if platform.system() == "Linux":
+            found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+            if found:
+                return found[1].strip()
+        elif platform.system() == "Darwin":
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(
+                command, capture_output=True, text=True, check=True
+            ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return platform.machine()
+
+
+def openmp_runtimes() -> list[str]:
+    """The OpenMP libraries in this process; empty where the system does not tell.
+
+    There should be one. Two keep two pools of threads, which spin against each other.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return []
+    return sorted(set(re.findall(r"(/\S*/lib(?:gomp|i?omp)\S*\.so\S*)", maps)))
+
+
+def collect() -> dict[str, Any]:
+    """Everything that ``info`` prints, in a form that JSON can hold."""
+    return {
+        "opdc": version("opdc"),
+        "instruction_set": _C.instruction_set(),
+        "instruction_sets": list(_C.instruction_sets()),
+        "threads": torch.get_num_threads(),
+        "openmp": openmp_runtimes(),
+        "torch": torch.__version__,
+        "dlpack": ".".join(map(str, _C.DLPACK_VERSION)),
+        "python": platform.python_version(),
+        "cpu": cpu_model(),
+        "cpus": usable_cpus(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def lines(facts: dict[str, Any]) -> list[str]:
+    """What ``info`` prints for people."""
+    others = [name for name in facts["instruction_sets"] if name != facts["instruction_set"]]
+    openmp = facts["openmp"] or ["unknown (this system does not list the libraries of a process)"]
+    table = [
+        ("opdc", facts["opdc"]),
+        ("instruction set", f"{facts['instruction_set']} (also here: {', '.join(others) or '-'})"),
+        ("CPU", f"{facts['cpu']}, {facts['cpus']} usable, {facts['system']}"),
+        ("threads", facts["threads"]),
+        *zip(["OpenMP runtime"] + [""] * len(openmp), openmp, strict=False),
+        ("torch", facts["torch"]),
+        ("DLPack", facts["dlpack"]),
+        ("Python", facts["python"]),
+    ]
+    if len(openmp) > 1:
+        table.append(
+            ("warning", "more than one OpenMP runtime: their threads slow each other down")
+        )
+    return [f"{name:<16} {value}".rstrip() for name, value in table]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    facts = collect()
+    print(json.dumps(facts, indent=2) if arguments.json else "\n".join(lines(facts)))
+    return 0

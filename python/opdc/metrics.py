@@ -1,0 +1,59 @@
+"""What the losses report beside their value with `return_metrics=True`.
+
+A dict of detached 0-dim float64 tensors on the CPU. Almost all are *sums* over the active
+positions, so that micro-batches and processes add up; `positions` is their number and `mean`
+divides.
+
+* `nonfinite_rows`: rows whose loss is not finite
+* `student_entropy`, `teacher_entropy`, `reverse_kl`, `forward_kl`: of the whole distributions
+* `k1`, `k2`, `k3`: estimates `−R`, `½R²`, `e^R − 1 − R` of the reverse KL from the sampled token
+* `clipped`: tokens on the clipped branch of the loss
+* `log_ratio_min`, `log_ratio_max`: the extremes of `R`; `+inf` and `−inf` without any position
+
+A loss reports those that it computes anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_MINIMA = ("log_ratio_min",)
+_MAXIMA = ("log_ratio_max",)
+
+
+def mean(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sums divided by `positions`, 0 where there are none; `positions` and extremes as they are.
+
+    >>> import opdc, torch
+    >>> student, teacher = torch.zeros(2, 3), torch.zeros(2, 3)
+    >>> _, metrics = opdc.reverse_kl(student, teacher, return_metrics=True)
+    >>> round(opdc.metrics.mean(metrics)["student_entropy"].item(), 4)
+    1.0986
+    """
+    if "positions" not in metrics:
+        raise ValueError("metrics must hold `positions`, the number that the sums are divided by")
+    count = metrics["positions"].clamp(min=1)
+    untouched = ("positions", *_MINIMA, *_MAXIMA)
+    return {name: x if name in untouched else x / count for name, x in metrics.items()}
+
+
+def all_reduce(
+    metrics: Mapping[str, Tensor], group: dist.ProcessGroup | None = None
+) -> dict[str, Tensor]:
+    """The metrics over all processes of `group`: sums added, extremes compared."""
+    extremes = [name for name in metrics if name in (*_MINIMA, *_MAXIMA)]
+    sums = [name for name in metrics if name not in extremes]
+    total = torch.stack([metrics[name] for name in sums])
+    dist.all_reduce(total, dist.ReduceOp.SUM, group)
+    reduced = dict(zip(sums, total.unbind(), strict=True))
+    if extremes:
+        # One message for both: a maximum is a minimum with the sign turned.
+        signs = torch.tensor([-1.0 if name in _MAXIMA else 1.0 for name in extremes]).to(total)
+        lowest = signs * torch.stack([metrics[name] for name in extremes])
+        dist.all_reduce(lowest, dist.ReduceOp.MIN, group)
+        reduced |= dict(zip(extremes, (signs * lowest).unbind(), strict=True))
+    return {name: reduced[name] for name in metrics}

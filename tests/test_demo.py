@@ -1,0 +1,362 @@
+"""`python -m opdc demo`: the whole run at tiny settings, its loop, and its complaints."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from opdc import demo
+from opdc.__main__ import main
+from opdc.demo import command, loading, task
+from opdc.demo.evaluate import Evaluation
+from opdc.demo.loop import Clock, distill, response_logits, roll_out
+
+
+@pytest.fixture(autouse=True)
+def few_problems(monkeypatch):
+    monkeypatch.setattr(command, "BUILT_IN_EVALUATION", 16)
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Call the command line; gives the exit status, stdout and stderr."""
+
+    def call(*words, steps=2, batch=4):
+        settings = ["--steps", str(steps), "--batch", str(batch)]
+        words = ["--output", str(tmp_path / "plot.png"), *settings, *map(str, words)]
+        status = main(["demo", *words])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def complaint(run):
+    """The one line that a run with faulty input prints."""
+
+    def call(*words):
+        status, out, err = run(*words)
+        assert status == 2
+        assert out == ""
+        assert err.count("\n") == 1, err
+        assert err.startswith("python -m opdc demo: error: ")
+        return err
+
+    return call
+
+
+def tokenizer():
+    return AutoTokenizer.from_pretrained(loading.SHIPPED_MODELS / "student")
+
+
+def tiny_llama(vocabulary):
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=48,
+            eos_token_id=2,
+            pad_token_id=0,
+            bos_token_id=1,
+        )
+    )
+
+
+def save(folder, model, its_tokenizer):
+    model.save_pretrained(folder)
+    its_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write(path, *lines):
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+# --- the run ---------------------------------------------------------------------------------
+
+
+def test_shows_the_table_and_saves_the_plot(run, tmp_path):
+    status, out, _ = run()
+    assert status == 0
+    for text in ("exact match, T = 1", "T = 0.6", "greedy", "reverse KL on policy", "rollout"):
+        assert text in out
+    assert "eager PyTorch" in out
+    assert str(tmp_path / "plot.png") in out
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("method", demo.METHODS)
+def test_every_method_gives_the_loss_written_by_hand(run, method):
+    status, out, _ = run("--method", method, "--json", "--temperature", "0.9")
+    result = json.loads(out)
+    assert status == 0
+    assert result["updates"] == 2
+    timing = result["loss_timing"]
+    assert timing["opdc_loss"] == pytest.approx(timing["eager_loss"], rel=1e-4, abs=1e-6)
+    assert set(command.LOSSES) == set(command.BY_HAND) == set(demo.METHODS)
+
+
+def test_a_seed_fixes_the_run_and_looking_at_the_student_does_not_change_it(run, monkeypatch):
+    runs = []
+    for scores, seed in ((1, 3), (4, 3), (1, 4)):
+        monkeypatch.setattr(command, "SCORES_PER_RUN", scores)
+        runs.append(json.loads(run("--json", "--seed", seed, steps=4)[1]))
+    assert [len(result["scores"]) for result in runs] == [2, 5, 2]
+    assert runs[0]["losses"] == runs[1]["losses"] != runs[2]["losses"]
+    assert runs[0]["scores"][-1] == runs[1]["scores"][-1]
+
+
+def test_the_shipped_models_are_a_teacher_and_a_weaker_student_that_learns():
+    pair = loading.load_pair(None, None)
+    problems = task.Arithmetic(seed=5).batch(256)
+    settings = {"batch": 256, "temperature": 1.0, "max_new_tokens": 26}
+    before = Evaluation(pair, problems, **settings)(0)
+    assert 0.2 < before.exact_match["T = 1"] < 0.35
+    teacher = roll_out(pair.teacher, pair.tokenizer, [p.prompt for p in problems], 0.0, 26)
+    answers = pair.tokenizer.batch_decode(teacher.tokens, skip_special_tokens=True)
+    right = [task.is_correct(a, p.answer) for a, p in zip(answers, problems, strict=True)]
+    assert sum(right) > 0.97 * len(right)
+
+    source = task.Arithmetic(seed=6)
+    updates = distill(
+        pair.student,
+        pair.teacher,
+        pair.tokenizer,
+        command.LOSSES["reverse_kl"](),
+        ([p.prompt for p in source.batch(64)] for _ in range(8)),
+        learning_rate=1e-3,
+        temperature=1.0,
+        max_new_tokens=26,
+        clock=Clock(),
+    )
+    assert sum(1 for _ in updates) == 8
+    after = Evaluation(pair, problems, **settings)(8)
+    assert after.reverse_kl < 0.8 * before.reverse_kl
+    assert after.exact_match["T = 1"] > before.exact_match["T = 1"] + 0.05
+
+
+def test_own_models_with_heads_of_different_size_and_prompts_without_answers(run, tmp_path):
+    student = save(tmp_path / "student", tiny_llama(vocabulary=256), tokenizer())
+    prompts = write(
+        tmp_path / "prompts.jsonl",
+        '{"prompt": "3 + 5 ?"}',
+        "",
+        '{"prompt": "1 * 2 - 7 + 4 ?", "answer": null}',
+    )
+    words = ("--student", student, "--prompts", prompts, "--max-new-tokens", "5")
+    for method in ("reverse_kl", "k1"):
+        status, out, _ = run(*words, "--method", method, "--json", steps=3)
+        result = json.loads(out)
+        assert status == 0
+        assert result["loss_timing"]["shape"] == [4, 5, 256]
+        assert result["evaluation_problems"] == 2
+        assert all(score["exact_match"] == {} for score in result["scores"])
+    status, out, _ = run(*words)
+    assert status == 0
+    assert "exact match" not in out
+    assert "reverse KL on policy" in out
+
+
+def test_own_sampling_settings_of_a_model_folder_are_not_the_policy(tmp_path):
+    model = tiny_llama(vocabulary=240)
+    model.generation_config.update(
+        do_sample=True, top_k=1, repetition_penalty=2.0, eos_token_id=[2, 7]
+    )
+    folder = save(tmp_path / "student", model, tokenizer())
+    settings = loading.load_pair(folder, None).student.generation_config
+    assert settings.repetition_penalty in (None, 1.0)
+    assert settings.eos_token_id == [2, 7]
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_control_c_ends_with_what_was_reached(run, monkeypatch, tmp_path, after):
+    def interrupted(*arguments, **keywords):
+        updates = distill(*arguments, **keywords)
+        for _ in range(after):
+            yield next(updates)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "distill", interrupted)
+    status, out, _ = run(steps=50)
+    assert status == 0
+    assert f"{after} updates" in out
+    assert "reverse KL on policy" in out
+    assert (tmp_path / "plot.png").exists()
+    result = json.loads(run("--json", steps=50)[1])
+    assert result["interrupted"]
+    assert result["updates"] == result["scores"][-1]["updates"] == after
+
+
+def test_control_c_before_anything_was_reached(run, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "load_pair", interrupted)
+    assert run() == (130, "", "python -m opdc demo: interrupted\n")
+
+
+# --- the loop --------------------------------------------------------------------------------
+
+
+def test_the_loop_can_be_copied():
+    assert len(inspect.getsource(distill).splitlines()) < 60
+
+
+def test_padding_on_the_left_changes_nothing():
+    # Learned positions: rotary ones would forgive positions counted from the padding.
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=240, n_positions=48, n_embd=16, n_layer=2, n_head=2, eos_token_id=2)
+    ).eval()
+    model.generation_config.pad_token_id = 0
+    prompts = ["3 ?", "1 + 2 * 3 - 4 ?"]
+    together = roll_out(model, tokenizer(), prompts, 0.0, 6)
+    for row, prompt in enumerate(prompts):
+        alone = roll_out(model, tokenizer(), [prompt], 0.0, 6)
+        torch.testing.assert_close(together.tokens[row : row + 1], alone.tokens)
+        logits = response_logits(model, together)[row : row + 1]
+        torch.testing.assert_close(logits, response_logits(model, alone))
+        # logits[t] predicts tokens[t]: greedy decoding took the largest.
+        assert (logits.argmax(-1) == alone.tokens)[alone.mask].all()
+
+
+def test_the_mask_ends_with_the_first_end_token(monkeypatch):
+    model = tiny_llama(vocabulary=240)
+    model.generation_config.eos_token_id = [2, 7]
+    responses = torch.tensor([[5, 7, 2, 2], [2, 2, 2, 2], [5, 6, 8, 9]])
+
+    def generate(input_ids, **_):
+        return torch.cat([input_ids, responses], dim=1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    rollout = roll_out(model, tokenizer(), ["3 ?", "4 + 5 ?", "6 ?"], 1.0, 4)
+    assert rollout.mask.int().tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
+    assert rollout.finished.tolist() == [True, True, False]
+    assert rollout.attention_mask[0].tolist() == [0, 0, 1, 1, 1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "right"),
+    [
+        ("so 5", "5", True),
+        ("so 5 .\n", "5", True),
+        ("so -5", "5", False),
+        ("so 15", "5", False),
+        ("5 so", "5", False),
+        ("", "5", False),
+        ("in New York.", "New York", True),
+    ],
+)
+def test_an_answer_is_the_last_words(response, answer, right):
+    assert task.is_correct(response, answer) is right
+
+
+def test_prompts_of_a_file_come_once_in_every_pass():
+    problems = [task.Problem(str(index), None) for index in range(5)]
+    source = task.PromptList(problems, seed=0)
+    taken = [problem for _ in range(5) for problem in source.batch(2)]
+    assert sorted(taken[:5]) == sorted(taken[5:]) == problems
+
+
+# --- complaints ------------------------------------------------------------------------------
+
+
+def test_no_such_model_folder(complaint, tmp_path):
+    assert "--student" in complaint("--student", tmp_path / "nowhere")
+    assert "config.json" in complaint("--teacher", tmp_path)
+
+
+def test_a_broken_model_folder(complaint, tmp_path):
+    folder = save(tmp_path / "student", tiny_llama(vocabulary=240), tokenizer())
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    assert "cannot be loaded" in complaint("--student", folder)
+    (folder / "config.json").write_text("{")
+    assert "cannot be loaded" in complaint("--student", folder)
+
+
+def test_tokenizers_that_differ(complaint, tmp_path):
+    other = tokenizer()
+    other.add_tokens(["seventeen"])
+    folder = save(tmp_path / "teacher", tiny_llama(vocabulary=256), other)
+    assert "tokenizers" in complaint("--teacher", folder)
+
+
+def test_a_head_smaller_than_the_tokenizer(complaint, tmp_path):
+    folder = save(tmp_path / "teacher", tiny_llama(vocabulary=200), tokenizer())
+    assert "200 logits" in complaint("--teacher", folder)
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ([], "holds no prompt"),
+        (["", "  "], "holds no prompt"),
+        (['{"prompt": "1 + 2 ?"}', "{prompt}"], "line 2: not JSON"),
+        (['["1 + 2 ?"]'], "line 1: wanted"),
+        (['{"text": "1 + 2 ?"}'], "line 1: wanted"),
+        (['{"prompt": " "}'], "line 1: wanted"),
+        (['{"prompt": "1 ?", "answer": [1]}'], "answer"),
+        (['{"prompt": "1 ?", "answer": ""}'], "answer"),
+        (['{"prompt": "' + 60 * "1 + " + '1 ?"}'], "64 positions"),
+    ],
+)
+def test_a_faulty_prompt_file(complaint, tmp_path, lines, reason):
+    assert reason in complaint("--prompts", write(tmp_path / "prompts.jsonl", *lines))
+
+
+def test_a_prompt_file_that_cannot_be_read(complaint, tmp_path):
+    assert "No such file" in complaint("--prompts", tmp_path / "nowhere.jsonl")
+    assert "--prompts" in complaint("--prompts", tmp_path)
+    (tmp_path / "latin").write_bytes(b'{"prompt": "\xe9"}')
+    assert "UTF-8" in complaint("--prompts", tmp_path / "latin")
+
+
+def test_a_plot_that_cannot_be_written(complaint, tmp_path):
+    assert "no folder" in complaint("--output", tmp_path / "nowhere" / "plot.png")
+    assert "is a folder" in complaint("--output", tmp_path)
+
+
+def test_a_missing_package_names_the_extra(complaint, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "rich" else find(name)
+    )
+    assert "pip install '.[demo]'" in complaint()
+
+
+@pytest.mark.parametrize("words", [("--steps", "0"), ("--learning-rate", "nan"), ("--batch", "x")])
+def test_a_number_out_of_range(words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", *words])
+    assert words[0] in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run, monkeypatch):
+    class NotANumber(torch.nn.Module):
+        def forward(self, student, _, **__):
+            return student.sum() * torch.nan
+
+    monkeypatch.setitem(command.LOSSES, "k2", lambda **_: NotANumber())
+    status, out, err = run("--method", "k2")
+    assert (status, out) == (2, "")
+    assert "--learning-rate" in err.splitlines()[-1]
+
+
+def test_a_shipped_folder_is_small():
+    sizes = [path.stat().st_size for path in Path(loading.SHIPPED_MODELS).rglob("*.safetensors")]
+    assert len(sizes) == 2
+    assert sum(sizes) < 750_000
