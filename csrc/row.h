@@ -244,22 +244,23 @@ static mass combine_masses(const mass *parts, int count, temperature T, real *we
 
 /* --- Student against teacher ------------------------------------------------------------------------------------------------ */
 
-/* d = (x - y) / T - log_ratio, with a large common difference of the logits taken out first, in a multiple of 16 that x - offset
- * represents exactly, and the constant in two parts: at small d every digit counts. */
+/* d = (x - y) / T - log_ratio. A large common difference of the logits is taken out first, as a multiple of 16, of those that are the
+ * larger: they are on the coarser grid, so that it is exact. The constant is in two parts: at small d every digit counts. */
 typedef struct difference {
-  real offset, inverse, high, low;
+  real student_offset, teacher_offset, inverse, high, low;
 } difference;
 
 static inline difference difference_of(double student_maximum, double teacher_maximum, double log_ratio, temperature T) {
   const double apart = floor((student_maximum - teacher_maximum) / 16 + 0.5) * 16;
   const real offset = apart - apart == 0 ? (real)apart : 0;
   const double constant = log_ratio - (double)offset * (double)T.inverse;
-  const real high = (real)constant;
-  return (difference){offset, T.inverse, -high, -(real)(constant - (double)high)};
+  const real high = (real)constant, low = (real)(constant - (double)high);
+  const int of_student = fabs(student_maximum) > fabs(teacher_maximum);
+  return (difference){of_student ? offset : 0, of_student ? 0 : -offset, T.inverse, -high, -low};
 }
 
 SPECIALISED lane log_ratio_of(lane x, lane y, difference at) {
-  const lane apart = lane_sub(lane_sub(x, lane_set(at.offset)), y);
+  const lane apart = lane_sub(lane_sub(x, lane_set(at.student_offset)), lane_sub(y, lane_set(at.teacher_offset)));
   return lane_add(lane_fma(apart, lane_set(at.inverse), lane_set(at.high)), lane_set(at.low));
 }
 
@@ -477,10 +478,9 @@ SPECIALISED lane excess_of(pair_of_masses pair) {
 
 /* Value and mean derivative of a mixture divergence, into the row, and the derivatives if there is room for them. */
 SPECIALISED void mixture_pass(const row_call *call, const row_input *input, row *out, real *derivatives,
-                              const element_rule rule) {
-  const temperature T = temperature_of(call);
-  const real weight = (real)call->mixture, ratio = (real)((1 + out->student.rest) / (1 + out->teacher.rest));
-  const row_constants constants = constants_of(call, out, log_ratio_of_masses(out->student, out->teacher, ratio, T));
+                              const element_rule rule, double log_ratio, const int certain, mixture_reference reference) {
+  const row_constants constants = constants_of(call, out, log_ratio);
+  const real weight = (real)call->mixture;
   double value = 0, mean = 0, excess = 0;
   block at;
   struct {
@@ -510,15 +510,15 @@ SPECIALISED void mixture_pass(const row_call *call, const row_input *input, row 
       lane_store(found.log_ratio + i, log_ratio_of(left, right, constants.apart));
     }
     FOR_EACH_LANE(count) {
-      const lane log_ratio = lane_load(found.log_ratio + i);
+      const lane d = lane_load(found.log_ratio + i);
       const pair_of_masses pair = {.high = lane_load(found.high + i),
                                    .ratio = lane_load(found.ratio + i),
                                    .gap = lane_load(found.gap + i),
-                                   .distance = lane_abs(log_ratio),
-                                   .teacher_higher = lane_less(log_ratio, lane_set(0))};
+                                   .distance = lane_abs(d),
+                                   .teacher_higher = lane_less(d, lane_set(0))};
       const lane_mask exists = lane_less(lane_set(0), pair.high);
       lane derivative;
-      const lane term = mixture_rule(rule, pair, weight, &derivative);
+      const lane term = mixture_rule(rule, pair, weight, certain, reference, &derivative);
       derivative = lane_keep(exists, lane_mul(pair.high, derivative));
       group_add(&values, part, lane_keep(exists, lane_mul(pair.high, term)));
       group_add(&means, part, derivative);
@@ -534,12 +534,29 @@ SPECIALISED void mixture_pass(const row_call *call, const row_input *input, row 
 }
 
 static void measure_mixture(const row_call *call, const row_input *input, row *out, real *derivatives) {
+  const temperature T = temperature_of(call);
+  const real ratio = (real)((1 + out->student.rest) / (1 + out->teacher.rest));
+  const double log_ratio = log_ratio_of_masses(out->student, out->teacher, ratio, T), weight = call->mixture;
+  const int64_t top = (int64_t)out->student.index;
+  const double apart = out->student.maximum - load_element(input->teacher, call->teacher_type, top);
+  const double top_ratio = SCALAR(exp)(log_ratio - apart * (double)T.inverse), mixture = 1 - weight + weight * top_ratio;
+  const int certain = top_ratio < 0.5;
+  const mixture_reference reference = certain ? (mixture_reference){(real)top_ratio, (real)SCALAR(log)(mixture), (real)(1 / mixture)}
+                                              : (mixture_reference){1, 0, 1};
+#define PASS(rule)                                                                                                     \
+  case rule:                                                                                                           \
+    if (certain)                                                                                                       \
+      mixture_pass(call, input, out, derivatives, rule, log_ratio, 1, reference);                                      \
+    else                                                                                                               \
+      mixture_pass(call, input, out, derivatives, rule, log_ratio, 0, reference);                                      \
+    break
   switch (call->element) {
-    case element_jsd: mixture_pass(call, input, out, derivatives, element_jsd); break;
-    case element_skew_forward: mixture_pass(call, input, out, derivatives, element_skew_forward); break;
-    case element_skew_reverse: mixture_pass(call, input, out, derivatives, element_skew_reverse); break;
+    PASS(element_jsd);
+    PASS(element_skew_forward);
+    PASS(element_skew_reverse);
     default: break;
   }
+#undef PASS
 }
 
 /* --- The kernels of an instruction set ----------------------------------------------------------------------------------------- */
@@ -559,7 +576,7 @@ static void measure(const row_call *call, const row_input *input, row *out, void
   if (call->element == element_forward_kl) out->divergence = out->forward_kl;
   if (out->student.rest != out->student.rest || (input->teacher && out->teacher.rest != out->teacher.rest))
     out->divergence = NAN;
-  else
+  else if (needs_derivatives(call->element))
     measure_mixture(call, input, out, derivatives);
 
   if (input->token >= 0) {

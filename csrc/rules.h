@@ -82,10 +82,6 @@ typedef struct pair_of_masses {
   lane_mask teacher_higher; /* q > p */
 } pair_of_masses;
 
-SPECIALISED lane mixture_weight_of_lower(pair_of_masses at, real weight) {
-  return lane_select(at.teacher_higher, lane_set(1 - weight), lane_set(weight));
-}
-
 /* If d is off by a small e, the same for all ids, the value of these three is off by this times e^2 / 2, and u - p sum u by less than
  * its rounding. */
 static inline double mixture_curvature(const element_rule rule, double weight) {
@@ -94,42 +90,63 @@ static inline double mixture_curvature(const element_rule rule, double weight) {
                                         : weight * weight;
 }
 
-/* The value and u = d value / d s (up to a multiple of p, which u - p sum u does not see), both divided by h. */
-SPECIALISED lane mixture_rule(const element_rule rule, pair_of_masses at, real weight, lane *derivative) {
-  const lane zero = lane_set(0), one = lane_set(1), lower_weight = mixture_weight_of_lower(at, weight);
-  const lane lowered = lane_mul(lower_weight, at.gap); /* mu / h - 1 */
-  const lane remainder = log1p_remainder(lowered);
+/* Where the student's mass lies on ids that the teacher finds unlikely, u is p_j times almost the same number for all of them, and
+ * u - p sum u would lose the rest. There u is taken relative to its first id: with x = q / p, x* that of this id, m = mu / p = 1 - w + w x,
+ * and z = m / m* - 1 = w (x - x*) / m*, it is, up to a multiple of p,
+ *
+ *   jsd: -(1 - w) p log(1 + z)    skew forward: -(1 - w)^2 p (x - x*) / (m m*)    skew reverse: -p log(1 + z) + (1 - w) p z / m
+ *
+ * Everywhere else x* = 1, the id on which both agree.
+ */
+typedef struct mixture_reference {
+  real ratio, log_mixture, inverse_mixture; /* x*, log m*, 1 / m* */
+} mixture_reference;
+
+/* The value and u = d value / d s, both divided by h. */
+SPECIALISED lane mixture_rule(const element_rule rule, pair_of_masses at, real weight, const int certain,
+                              mixture_reference reference, lane *derivative) {
+  const lane zero = lane_set(0), one = lane_set(1);
+  const lane lower_weight = lane_select(at.teacher_higher, lane_set(1 - weight), lane_set(weight));
+  const lane lowered = lane_mul(lower_weight, at.gap); /* o v = mu / h - 1 */
   const lane_mask near = lane_less(at.distance, lane_set((real)0.5));
-  /* (e^-a) k(v), 0 where e^-a is */
+  lane remainder, to_mixture; /* k(o v); log(h / mu), relative to the reference */
+  if (certain) {
+    const lane relative = lane_mul(lane_set(weight * reference.inverse_mixture),
+                                   lane_sub(at.ratio, lane_set(reference.ratio)));
+    const lane argument = lane_select(at.teacher_higher, lowered, relative);
+    const lane logarithm = lane_sub(argument, log1p_remainder(argument));
+    const lane offset = lane_set(reference.log_mixture);
+    remainder = lane_sub(lowered, lane_add(logarithm, lane_select(at.teacher_higher, zero, offset)));
+    to_mixture = lane_sub(lane_select(at.teacher_higher, offset, zero), logarithm);
+  } else {
+    remainder = log1p_remainder(lowered);
+    to_mixture = lane_sub(remainder, lowered);
+  }
+  /* e^-a k(v), 0 where e^-a is */
   const lane own = lane_select(near, lane_mul(at.ratio, bregman(at.distance)),
-                               lane_keep(lane_less(zero, at.ratio),
-                                         lane_mul(at.ratio, lane_add(at.gap, at.distance))));
+                               lane_keep(lane_less(zero, at.ratio), lane_mul(at.ratio, lane_add(at.gap, at.distance))));
   const lane of_high = remainder;
   const lane of_low = lane_fma(lane_mul(lane_sub(one, lower_weight), at.gap), at.gap,
-                               lane_fma(at.ratio, remainder, lane_sub(zero, own)));
-  /* p log(p / mu) / h: log(h / mu) = k - o v; log(l / mu) = that - a */
-  const lane to_mixture = lane_sub(remainder, lowered);
+                               lane_sub(lane_mul(at.ratio, remainder), own));
+  /* p log(p / mu) / h: log(l / mu) = log(h / mu) - a */
   const lane drop = lane_keep(lane_less(zero, at.ratio), lane_mul(at.ratio, at.distance));
-  const lane student_log = lane_select(at.teacher_higher, lane_fma(at.ratio, to_mixture, lane_sub(zero, drop)), to_mixture);
+  const lane student_log = lane_select(at.teacher_higher, lane_sub(lane_mul(at.ratio, to_mixture), drop), to_mixture);
   if (rule == element_jsd) { /* u = (1 - w) p log(p / mu) */
     *derivative = lane_mul(lane_set(1 - weight), student_log);
     return lane_fma(lower_weight, of_low, lane_mul(lane_sub(one, lower_weight), of_high));
   }
-  const lane of_student = lane_select(at.teacher_higher, of_low, of_high);
-  const lane of_teacher = lane_select(at.teacher_higher, of_high, of_low);
-  const lane student = lane_select(at.teacher_higher, at.ratio, one); /* p / h */
-  const lane mixture = lane_add(one, lowered); /* mu / h */
-  if (rule == element_skew_forward) {          /* u = -(1 - w) p (q / mu - 1) */
-    const lane surplus = lane_select(at.teacher_higher, lane_sub(zero, lowered),
-                                     lane_mul(lane_sub(one, lower_weight), at.gap)); /* (q - mu) / h */
-    *derivative = lane_mul(lane_mul(lane_set(weight - 1), student), lane_div(surplus, mixture));
-    return of_teacher;
+  /* p (x - x*) / m, divided by h */
+  const lane of_low_ratio = certain ? lane_sub(one, lane_mul(lane_set(reference.ratio), at.ratio)) : lane_sub(zero, at.gap);
+  const lane of_high_ratio = certain ? lane_sub(at.ratio, lane_set(reference.ratio)) : at.gap;
+  const lane apart = lane_select(at.teacher_higher, lane_mul(at.ratio, of_low_ratio), of_high_ratio);
+  const lane surplus = lane_div(apart, lane_add(one, lowered));
+  if (rule == element_skew_forward) { /* u = -(1 - w) p q / mu */
+    *derivative = lane_mul(lane_set(-(1 - weight) * (1 - weight) * reference.inverse_mixture), surplus);
+    return lane_select(at.teacher_higher, of_high, of_low);
   }
-  /* u = p (log(p / mu) + (1 - w) (1 - p / mu)) */
-  const lane deficit = lane_select(at.teacher_higher, lane_mul(lane_sub(lower_weight, one), at.gap),
-                                   lowered); /* (mu - p) / h */
-  *derivative = lane_fma(lane_mul(lane_set(1 - weight), student), lane_div(deficit, mixture), student_log);
-  return of_student;
+  /* u = p (log(p / mu) - (1 - w) p / mu) */
+  *derivative = lane_fma(lane_set(weight * (1 - weight) * reference.inverse_mixture), surplus, student_log);
+  return lane_select(at.teacher_higher, of_low, of_high);
 }
 
 /* --- Token rules ----------------------------------------------------------------------------------------------------------

@@ -195,14 +195,17 @@ def check(
     truth: Result,
     upstream: Tensor,
     floor: float = 0.0,
+    tolerance: float | None = None,
     **common,
 ) -> None:
     """Per-position values and gradient rows of `result` against the truth.
 
     A gradient in fp32 or fp64 is judged by the norm of its row; in bf16 and fp16 every entry must
-    lie within one rounding of the truth. `floor` is the absolute error of a saturated row.
+    lie within one rounding of the truth. `floor` is the absolute error of a saturated row;
+    `tolerance` the relative error, where it is not that of the arithmetic.
     """
-    tolerance = bound(inputs.student, inputs.teacher)
+    if tolerance is None:
+        tolerance = bound(inputs.student, inputs.teacher)
     allowance = conditioning(case, inputs, **common)
     slope = direction_size(case, inputs, common.get("temperature", 1.0))
     value_error = (result.value.double() - truth.value).abs()
@@ -229,6 +232,11 @@ def check(
             f"gradient rows off by {error.norm(dim=-1).tolist()}, allowed {limit.tolist()}, "
             f"relative {row_errors(result.gradient, truth.gradient).tolist()}"
         )
+
+
+def typical(errors: Tensor) -> float:
+    """The root mean square; NaN counts as infinitely wrong."""
+    return float(torch.nan_to_num(errors, nan=math.inf).square().mean().sqrt())
 
 
 def worst(errors: Tensor) -> float:

@@ -33,9 +33,9 @@ def run(tmp_path, capsys):
     """Call the command line; gives the exit status, stdout and stderr."""
 
     def call(*words, steps=2, batch=4):
-        settings = ["--steps", str(steps), "--batch", str(batch)]
-        words = ["--output", str(tmp_path / "plot.png"), *settings, *map(str, words)]
-        status = main(["demo", *words])
+        settings = f"--steps {steps} --batch {batch} --max-new-tokens 8".split()
+        output = ["--output", str(tmp_path / "plot.png")]
+        status = main(["demo", *settings, *output, *map(str, words)])
         return status, *capsys.readouterr()
 
     return call
@@ -338,7 +338,10 @@ def test_a_missing_package_names_the_extra(complaint, monkeypatch):
     assert "pip install '.[demo]'" in complaint()
 
 
-@pytest.mark.parametrize("words", [("--steps", "0"), ("--learning-rate", "nan"), ("--batch", "x")])
+@pytest.mark.parametrize(
+    "words",
+    [("--steps", "0"), ("--learning-rate", "nan"), ("--temperature", "0"), ("--batch", "x")],
+)
 def test_a_number_out_of_range(words, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["demo", *words])

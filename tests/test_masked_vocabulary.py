@@ -34,7 +34,7 @@ def takes_student_log(case: Case) -> bool:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_hazard_02_and_03_ids_masked_in_both_models_do_not_exist(case, dtype):
     """The result is that of the shorter vocabulary, and the gradient at the ids is 0."""
-    inputs = make_inputs("far", (4,), 300, dtype)
+    inputs = make_inputs("realistic", (4,), 300, dtype)
     absent = torch.rand(300) < 0.3
     absent[inputs.tokens] = False
     inputs.student[:, absent] = inputs.teacher[:, absent] = -INFINITY
@@ -42,7 +42,7 @@ def test_hazard_02_and_03_ids_masked_in_both_models_do_not_exist(case, dtype):
     result = measured(case, inputs, upstream)
     assert (result.gradient[:, absent] == 0).all()
     check(case, inputs, result, expected(case, inputs, upstream), upstream)
-    short = make_inputs("far", (4,), 300, dtype)
+    short = make_inputs("realistic", (4,), 300, dtype)
     for name in ("student", "teacher"):
         setattr(short, name, getattr(inputs, name)[:, ~absent].contiguous())
     short.tokens = (~absent).cumsum(0)[inputs.tokens] - 1

@@ -36,7 +36,7 @@ def agree(case, inputs, upstream, tolerance=4e-6, **common):
 @pytest.mark.parametrize("with_mask", [False, True], ids=["all", "mask"])
 @pytest.mark.parametrize("case", LOSSES, ids=str)
 def test_reduction(case, with_mask, with_weights, reduction):
-    inputs = make_inputs("far", (4, 5), 60)
+    inputs = make_inputs("realistic", (4, 5), 60)
     inputs.mask[2] = False  # a sequence with nothing in it
     common = {"reduction": reduction}
     if with_mask:
@@ -53,7 +53,7 @@ def test_reduction(case, with_mask, with_weights, reduction):
 @pytest.mark.parametrize("reduction", ["mean", "seq_mean"])
 @pytest.mark.parametrize("case", SAMPLE, ids=str)
 def test_num_items_replaces_the_count(case, reduction, kind):
-    inputs = make_inputs("far", (4, 5), 60)
+    inputs = make_inputs("realistic", (4, 5), 60)
     common = {"mask": inputs.mask, "weights": inputs.weights, "reduction": reduction}
     agree(case, inputs, torch.tensor(1.5), num_items=kind(37), **common)
 
@@ -61,13 +61,13 @@ def test_num_items_replaces_the_count(case, reduction, kind):
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("case", SAMPLE, ids=str)
 def test_num_items_without_a_mean_is_an_error(case, reduction):
-    inputs = make_inputs("far", (4, 5), 60)
+    inputs = make_inputs("realistic", (4, 5), 60)
     with pytest.raises(ValueError, match="num_items"):
         measured(case, inputs, reduction=reduction, num_items=3)
 
 
 def test_an_unknown_reduction_is_an_error():
-    inputs = make_inputs("far", (4, 5), 60)
+    inputs = make_inputs("realistic", (4, 5), 60)
     with pytest.raises(ValueError, match="reduction"):
         opdc.reverse_kl(inputs.student, inputs.teacher, reduction="batchmean")
 
@@ -75,7 +75,7 @@ def test_an_unknown_reduction_is_an_error():
 @pytest.mark.parametrize("reduction", ["mean", "seq_mean"])
 @pytest.mark.parametrize("case", SAMPLE, ids=str)
 def test_num_items_zero_gives_zero(case, reduction):
-    inputs = make_inputs("far", (4, 5), 60)
+    inputs = make_inputs("realistic", (4, 5), 60)
     result = measured(case, inputs, reduction=reduction, num_items=0)
     assert result.value == 0
     assert (result.gradient == 0).all()
@@ -87,7 +87,7 @@ def test_num_items_zero_gives_zero(case, reduction):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("case", LOSSES, ids=str)
 def test_hazard_06_nothing_active_is_zero_and_stays_connected(case, reduction):
-    inputs = make_inputs("far", (3, 4), 60)
+    inputs = make_inputs("realistic", (3, 4), 60)
     nothing = torch.zeros(3, 4, dtype=torch.bool)
     result = measured(case, inputs, reduction=reduction, mask=nothing)
     assert (result.value == 0).all()
@@ -97,7 +97,7 @@ def test_hazard_06_nothing_active_is_zero_and_stays_connected(case, reduction):
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0)])
 @pytest.mark.parametrize("case", [*SAMPLE, *STATISTICS], ids=str)
 def test_hazard_06_an_empty_batch_is_zero(case, shape):
-    inputs = make_inputs("far", shape, 60)
+    inputs = make_inputs("realistic", shape, 60)
     for reduction in ("none",) if case in STATISTICS else REDUCTIONS:
         keywords = {} if case in STATISTICS else {"reduction": reduction}
         result = measured(case, inputs, **keywords)
@@ -107,7 +107,7 @@ def test_hazard_06_an_empty_batch_is_zero(case, shape):
 
 
 def test_hazard_06_a_sequence_with_nothing_active_leaves_seq_mean():
-    inputs = make_inputs("far", (3, 4), 60)
+    inputs = make_inputs("realistic", (3, 4), 60)
     mask = torch.ones(3, 4, dtype=torch.bool)
     mask[1] = False
     kept = torch.tensor([0, 2])
@@ -122,14 +122,14 @@ def test_hazard_06_a_sequence_with_nothing_active_leaves_seq_mean():
 @pytest.mark.parametrize("reduction", ["mean", "seq_mean"])
 @pytest.mark.parametrize("case", LOSSES, ids=str)
 def test_hazard_07_micro_batches_with_num_items_are_one_batch(case, reduction):
-    inputs = make_inputs("far", (6, 5), 60)
+    inputs = make_inputs("realistic", (6, 5), 60)
     inputs.mask[3] = False
     count = inputs.mask.sum() if reduction == "mean" else inputs.mask.any(-1).sum()
     common = {"reduction": reduction}
     whole = measured(case, inputs, mask=inputs.mask, weights=inputs.weights, **common)
     value, gradients = 0.0, []
     for rows in (slice(0, 1), slice(1, 4), slice(4, 6)):
-        part = make_inputs("far", (1, 1), 1)
+        part = make_inputs("realistic", (1, 1), 1)
         for name, tensor in vars(inputs).items():
             setattr(part, name, tensor[rows] if isinstance(tensor, torch.Tensor) else tensor)
         result = measured(
@@ -146,7 +146,7 @@ def test_hazard_07_micro_batches_with_num_items_are_one_batch(case, reduction):
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32])
 def test_masks_of_every_kind(dtype):
-    inputs = make_inputs("far", (4, 5), 60)
+    inputs = make_inputs("realistic", (4, 5), 60)
     usual = opdc.reverse_kl(inputs.student, inputs.teacher, mask=inputs.mask)
     assert torch.equal(
         usual, opdc.reverse_kl(inputs.student, inputs.teacher, mask=inputs.mask.to(dtype))
@@ -154,7 +154,7 @@ def test_masks_of_every_kind(dtype):
 
 
 def test_weights_never_enter_the_denominator():
-    inputs = make_inputs("far", (4, 5), 60)
+    inputs = make_inputs("realistic", (4, 5), 60)
     once = opdc.reverse_kl(inputs.student, inputs.teacher, weights=torch.ones(4, 5))
     twice = opdc.reverse_kl(inputs.student, inputs.teacher, weights=torch.full((4, 5), 2.0))
     plain = opdc.reverse_kl(inputs.student, inputs.teacher)
@@ -163,7 +163,7 @@ def test_weights_never_enter_the_denominator():
 
 
 def test_weights_may_be_zero_or_negative():
-    inputs = make_inputs("far", (4,), 60)
+    inputs = make_inputs("realistic", (4,), 60)
     weights = torch.tensor([0.0, -1.0, 1.0, -0.0])
     result = measured(DIVERGENCES[0], inputs, weights=weights)
     plain = measured(DIVERGENCES[0], inputs)
@@ -172,7 +172,7 @@ def test_weights_may_be_zero_or_negative():
 
 
 def test_strided_masks_and_weights():
-    inputs = make_inputs("far", (4, 5), 60)
+    inputs = make_inputs("realistic", (4, 5), 60)
     wide_mask = torch.ones(5, 8, dtype=torch.bool)
     wide_weights = torch.randn(5, 8)
     wide_mask[:, ::2], wide_weights[:, ::2] = inputs.mask.t(), inputs.weights.t()
@@ -195,9 +195,9 @@ def test_long_sums_do_not_drift():
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_one_position_without_leading_axes(reduction):
-    inputs = make_inputs("far", (1,), 60)
+    inputs = make_inputs("realistic", (1,), 60)
     for case in SAMPLE:
-        single = make_inputs("far", (1,), 60)
+        single = make_inputs("realistic", (1,), 60)
         for name, tensor in vars(inputs).items():
             setattr(single, name, tensor[0] if isinstance(tensor, torch.Tensor) else tensor)
         result = measured(case, single, reduction=reduction)

@@ -31,9 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"opdc {opdc.info.version('opdc')}")
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, summary in COMMANDS.items():
-        subparser = subparsers.add_parser(
-            name, help=summary, description=summary
-        )
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
         if words[:1] == [name]:
             # Only the command that runs is imported: info has to work where the packages that
             # demo and bench need are missing.

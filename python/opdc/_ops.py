@@ -88,12 +88,30 @@ def _loss_cpu(student: Tensor, teacher: Tensor | None, *call: Any) -> tuple[Tens
 
 def _loss_inplace_cpu(student: Tensor, teacher: Tensor | None, *call: Any) -> tuple[Tensor, ...]:
     *tensors, method, reduction, advantage, valid_vocab, with_metrics = call
+    if teacher is not None and _share_memory(student, teacher):
+        raise ValueError(
+            "inplace=True would overwrite the teacher, whose memory overlaps with the student's: "
+            "give teacher.clone(), or inplace=False"
+        )
     value, rows, metrics = _outputs(student, teacher, reduction, with_metrics)
     checked = (method, student, teacher, *tensors, reduction, advantage, valid_vocab)
     outputs = (value, student, rows, metrics if with_metrics else None)
     _core_loss(*checked, *outputs, torch.get_num_threads())
     _overwritten(student)
     return value, rows, metrics
+
+
+def _share_memory(first: Tensor, second: Tensor) -> bool:
+    """Whether the stretches of memory from first to last element overlap."""
+
+    def last_byte(tensor: Tensor) -> int:
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        offset = sum((size - 1) * stride for size, stride in steps)
+        return tensor.data_ptr() + (offset + 1) * tensor.element_size() - 1
+
+    if not first.numel() or not second.numel():
+        return False
+    return first.data_ptr() <= last_byte(second) and second.data_ptr() <= last_byte(first)
 
 
 def _gradient_cpu(student: Tensor, *call: Any) -> Tensor:
@@ -182,14 +200,13 @@ for _name, _cpu, _fake in (
 
 def _refuse_bare_operator(*_: Any) -> NoReturn:
     raise RuntimeError(
-        "torch.ops.opdc.loss has no derivative of its own (and torch.compile(torch.func.grad(...)) "
-        "reaches it): call the functions of opdc, in the other order torch.func.grad(torch.compile)"
-        " or without torch.func"
+        "torch.ops.opdc.loss has no derivative of its own: call the functions of opdc; and under "
+        "torch.compile use loss.backward() in place of torch.func.grad, which steps over them"
     )
 
 
 # Without this, torch.compile(torch.func.grad(f)) would return a gradient of zeros: it steps over
-# every autograd.Function and finds an operator without a formula.
+# every autograd.Function and finds an operator without a formula. Now torch raises an error there.
 torch.library.register_autograd("opdc::loss", _refuse_bare_operator, lib=_library)
 
 # ----------------------------------------------------------------- derivatives

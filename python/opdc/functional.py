@@ -551,7 +551,10 @@ def _number(name: str, value: float) -> float:
 
 def _count(name: str, value: float | Tensor) -> float | Tensor:
     if not isinstance(value, Tensor):
-        return _number(name, value)
+        value = _number(name, value)
+        if value != value:
+            raise ValueError(f"{name} is NaN: give a count, or leave it out")
+        return value
     if value.dim() or value.is_complex():
         raise ValueError(
             f"{name} must be a number or a 0-dim tensor, got {value.dtype} of the shape "

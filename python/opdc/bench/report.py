@@ -21,6 +21,7 @@ NAMES = {
     "opdc": "opdc",
     "opdc_inplace": "opdc in place",
 }
+SHORT = {**NAMES, "compile": "compile"}  # for the headings of wide tables
 COLOURS = {
     "eager": "#c9c9c9",
     "compile": "#8d99ae",
@@ -138,9 +139,9 @@ def time_table(result: dict[str, Any], cases: list[Case]) -> Table:
         f"Medians, ± half the range. One stream, half a copy of a float32 row: {number(stream)} µs."
         f" empty().fill_() of the gradient: {number(fill)} µs a row.",
         ["function"]
-        + [NAMES[name] for name in names]
+        + [SHORT[name] for name in names]
         + ["streams", "in place", "least"]
-        + [f"× {NAMES[name]}" for name in names if name in ("eager", "compile")]
+        + [f"× {SHORT[name]}" for name in names if name in ("eager", "compile")]
         + ["pages"],
     )
     for case in cases:
@@ -191,8 +192,8 @@ def memory_table(result: dict[str, Any], cases: list[Case]) -> Table:
         "MiB at the peak beyond what was there before the call; the fresh gradient itself has "
         f"{mebibytes(first['gradient'])}.\nError: relative, in norm, against float64.",
         ["function"]
-        + [f"{NAMES[name]}, MiB" for name in names]
-        + [f"error, {NAMES[name]}" for name in names if name != "opdc_inplace"],
+        + [f"{SHORT[name]}, MiB" for name in names]
+        + [f"error, {SHORT[name]}" for name in names if name != "opdc_inplace"],
     )
     for case in cases:
         table.add_row(
@@ -213,7 +214,7 @@ def overhead_table(result: dict[str, Any]) -> Table:
     table = _table(
         "Overhead of a call: microseconds for loss and gradient of 1 × 32 logits",
         "",
-        ["function", *(f"{NAMES[name]}, {dtype}" for dtype in dtypes for name in names)],
+        ["function", *(f"{SHORT[name]}, {dtype}" for dtype in dtypes for name in names)],
     )
     for function in seen(result["overhead"], "function"):
         of_function = {c["dtype"]: c for c in result["overhead"] if c["function"] == function}
@@ -234,7 +235,7 @@ def machine(result: dict[str, Any]) -> str:
 
 def print_tables(result: dict[str, Any], console: Console) -> None:
     if not console.is_terminal:
-        console = Console(file=console.file, width=140)  # a file has no edge to fold lines at
+        console = Console(file=console.file, width=160)  # a file has no edge to fold lines at
     console.print(machine(result), highlight=False)
     cases = result["cases"]
     groups = dict.fromkeys((c["rows"], c["threads"], c["dtype"]) for c in cases)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 EXTRA = ("transformers", "matplotlib", "rich", "safetensors")
@@ -30,11 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of prompts and sampling (default: 0)")
     parser.add_argument(
-        "--learning-rate", type=_positive_float, default=1e-3, help="of AdamW (default: 1e-3)"
+        "--learning-rate", type=_number_between(0, 1), default=1e-3, help="of AdamW (default: 1e-3)"
     )
     parser.add_argument(
         "--temperature",
-        type=_positive_float,
+        type=_number_between(0.01, 100),
         default=1.0,
         help="of the rollouts and of the loss (default: 1)",
     )
@@ -98,8 +98,13 @@ def _positive_int(text: str) -> int:
     return number
 
 
-def _positive_float(text: str) -> float:
-    number = float(text)
-    if not (number > 0 and math.isfinite(number)):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+def _number_between(low: float, high: float) -> Callable[[str], float]:
+    """The type of an argument beyond whose range fp32 models only overflow."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return value
+
     return number

@@ -200,13 +200,14 @@ def _time_loss(
     rollout = update.rollout
 
     def by_opdc() -> Tensor:
-        return loss_function(
+        loss: Tensor = loss_function(
             logits,
             update.teacher_logits,
             tokens=rollout.tokens,
             mask=rollout.mask,
             temperature=result.temperature,
         )
+        return loss
 
     def by_hand() -> Tensor:
         per_token = BY_HAND[result.method](
