@@ -8,7 +8,7 @@ The truth is the float64 oracle of the tests, on the same numbers.
   the norm of the true gradient row. Sampled-token losses and statistics, whose truth may cross
   zero, are measured relative to at least 1 nat (gradients: to at least the score 1_y − p).
 * gradient in bf16: the largest error of an entry, in units of one correct rounding (half a
-  spacing), over the entries above 1/1000 of their row's largest.
+  spacing), over the entries above 1/1000 of the sizes just named.
 * the smallest divergence over a fuzz of regimes, dtypes and temperatures.
 """
 
@@ -109,10 +109,14 @@ def gradient_error(
     return worst(torch.where(error == 0, 0.0, error / size))
 
 
-def roundings(result: Result, truth: Result) -> float:
+def roundings(case: Case, inputs: Inputs) -> float:
     """Error of a bf16 gradient over that of rounding the truth."""
+    result, truth = measured(case, inputs), expected(case, inputs)
     size = truth.gradient.abs()
-    counted = size >= 1e-3 * size.amax(-1, keepdim=True)
+    largest = size.amax(-1)
+    if not case.is_divergence:
+        largest = largest.maximum(direction_size(case, inputs))
+    counted = size >= 1e-3 * largest[:, None]
     error = (result.gradient.double() - truth.gradient).abs()
     units = error / half_spacing(truth.gradient, torch.bfloat16)
     return worst(units[counted & (size > 0)])
@@ -134,7 +138,7 @@ def measure(case: Case, regime: Regime, rows: int, vocabulary: int, seeds: int) 
                 gradient_error(case, regime, inputs, ours, truth),
                 value_error(case, theirs, truth),
                 gradient_error(case, regime, inputs, theirs, truth),
-                0.0 if regime.saturates else roundings(measured(case, low), expected(case, low)),
+                0.0 if regime.saturates else roundings(case, low),
             )
         )
     return cell

@@ -20,7 +20,8 @@ static shape_text text_of_shape(const int64_t *shape, int count) {
   shape_text out = {"("};
   int length = 1;
   for (int i = 0; i < count && length < 70; i++)
-    length += snprintf(out.text + length, sizeof out.text - (size_t)length, "%s%lld", i ? ", " : "", (long long)shape[i]);
+    length += snprintf(out.text + length, sizeof out.text - (size_t)length, "%s%lld", i ? ", " : "",
+                       (long long)shape[i]);
   snprintf(out.text + length, sizeof out.text - (size_t)length, count == 1 ? ",)" : ")");
   return out;
 }
@@ -28,13 +29,21 @@ static shape_text text_of_shape(const int64_t *shape, int count) {
 static const char *text_of_type(DLDataType type) {
   if (type.lanes != 1) return "a packed type";
   switch (type.code) {
-    case kDLFloat: return type.bits == 16 ? "float16" : type.bits == 32 ? "float32" : type.bits == 64 ? "float64" : "a float";
-    case kDLBfloat: return "bfloat16";
-    case kDLInt: return type.bits == 64 ? "int64" : type.bits == 32 ? "int32" : type.bits == 16 ? "int16" : "int8";
-    case kDLUInt: return type.bits == 8 ? "uint8" : "an unsigned integer";
-    case kDLBool: return "bool";
-    case kDLComplex: return "complex";
-    default: return "another dtype";
+  case kDLFloat:
+    return type.bits == 16   ? "float16"
+           : type.bits == 32 ? "float32"
+           : type.bits == 64 ? "float64"
+                             : "a float";
+  case kDLBfloat: return "bfloat16";
+  case kDLInt:
+    return type.bits == 64   ? "int64"
+           : type.bits == 32 ? "int32"
+           : type.bits == 16 ? "int16"
+                             : "int8";
+  case kDLUInt: return type.bits == 8 ? "uint8" : "an unsigned integer";
+  case kDLBool: return "bool";
+  case kDLComplex: return "complex";
+  default: return "another dtype";
   }
 }
 
@@ -43,10 +52,10 @@ static int is_type(const DLTensor *tensor, int code, int bits) {
 }
 
 static int floating_type(const DLTensor *tensor, dtype *out) {
-#define FOUND(name, code, bits)                                                                                        \
-  if (is_type(tensor, code, bits)) {                                                                                   \
-    *out = dtype_##name;                                                                                               \
-    return 1;                                                                                                          \
+#define FOUND(name, code, bits)                                                                    \
+  if (is_type(tensor, code, bits)) {                                                               \
+    *out = dtype_##name;                                                                           \
+    return 1;                                                                                      \
   }
   OPDC_DTYPES(FOUND)
 #undef FOUND
@@ -76,53 +85,68 @@ int64_t count_positions(const DLTensor *logits, int leading) {
   return count;
 }
 
-/* What every tensor must be: on the CPU, in memory, aligned to its elements, with sizes whose product is a number. */
-static opdc_status check_tensor(const char *name, const DLTensor *tensor, view *out, opdc_error *error) {
+/* What every tensor must be: on the CPU, in memory, aligned to its elements, with sizes whose
+ * product is a number. */
+static opdc_status check_tensor(const char *name, const DLTensor *tensor, view *out,
+                                opdc_error *error) {
   const int bytes = (tensor->dtype.bits * tensor->dtype.lanes + 7) / 8;
   int64_t elements = 1;
   int empty = 0;
   if (tensor->device.device_type != kDLCPU)
-    return fail(error, OPDC_INVALID_TYPE, "%s: got a tensor on device type %d; opdc works on the CPU: pass %s.cpu()", name,
+    return fail(error, OPDC_INVALID_TYPE,
+                "%s: got a tensor on device type %d; opdc works on the CPU: pass %s.cpu()", name,
                 (int)tensor->device.device_type, name);
   for (int i = 0; i < tensor->ndim; i++) {
     if (tensor->shape[i] < 0)
-      return fail(error, OPDC_INVALID_VALUE, "%s: got a negative size, %lld", name, (long long)tensor->shape[i]);
+      return fail(error, OPDC_INVALID_VALUE, "%s: got a negative size, %lld", name,
+                  (long long)tensor->shape[i]);
     empty = empty || tensor->shape[i] == 0;
   }
   for (int i = 0; i < tensor->ndim && !empty; i++) {
     if (tensor->shape[i] > (INT64_MAX / 16) / elements)
-      return fail(error, OPDC_INVALID_VALUE, "%s: got shape %s, whose size in bytes does not fit 64 bits", name,
+      return fail(error, OPDC_INVALID_VALUE,
+                  "%s: got shape %s, whose size in bytes does not fit 64 bits", name,
                   text_of_shape(tensor->shape, tensor->ndim).text);
     elements *= tensor->shape[i];
   }
   if (!tensor->data && !empty)
     return fail(error, OPDC_INVALID_VALUE,
-                "%s: got a tensor of shape %s without memory (freed storage, a fake, distributed or functional tensor); pass one whose "
+                "%s: got a tensor of shape %s without memory (freed storage, a fake, distributed "
+                "or functional tensor); pass one whose "
                 "data is in this process",
                 name, text_of_shape(tensor->shape, tensor->ndim).text);
   out->tensor = tensor;
   out->data = (char *)tensor->data + tensor->byte_offset;
   out->bytes = bytes;
   if (!empty && bytes > 0 && (uintptr_t)out->data % (uintptr_t)(bytes > 8 ? 8 : bytes) != 0)
-    return fail(error, OPDC_INVALID_VALUE, "%s: got an address that is not a multiple of its element size, %d; pass a copy", name,
-                bytes);
+    return fail(error, OPDC_INVALID_VALUE,
+                "%s: got an address that is not a multiple of its element size, %d; pass a copy",
+                name, bytes);
   return OPDC_OK;
 }
 
 opdc_status check_logits(const char *name, const DLTensor *tensor, view *out, opdc_error *error) {
-  if (!tensor) return fail(error, OPDC_INVALID_TYPE, "%s: got None, want logits of shape (..., vocabulary)", name);
+  if (!tensor)
+    return fail(error, OPDC_INVALID_TYPE, "%s: got None, want logits of shape (..., vocabulary)",
+                name);
   TRY(check_tensor(name, tensor, out, error));
   if (!floating_type(tensor, &out->type))
-    return fail(error, OPDC_INVALID_TYPE, "%s: got dtype %s, want float32, float64, bfloat16 or float16; convert it with .float()", name,
-                text_of_type(tensor->dtype));
+    return fail(
+        error, OPDC_INVALID_TYPE,
+        "%s: got dtype %s, want float32, float64, bfloat16 or float16; convert it with .float()",
+        name, text_of_type(tensor->dtype));
   if (tensor->ndim < 1)
-    return fail(error, OPDC_INVALID_VALUE, "%s: got a single number, want logits of shape (..., vocabulary)", name);
+    return fail(error, OPDC_INVALID_VALUE,
+                "%s: got a single number, want logits of shape (..., vocabulary)", name);
   if (tensor->shape[tensor->ndim - 1] < 1)
-    return fail(error, OPDC_INVALID_VALUE, "%s: got shape %s with an empty vocabulary; the last axis must have at least one id", name,
-                text_of_shape(tensor->shape, tensor->ndim).text);
+    return fail(
+        error, OPDC_INVALID_VALUE,
+        "%s: got shape %s with an empty vocabulary; the last axis must have at least one id", name,
+        text_of_shape(tensor->shape, tensor->ndim).text);
   out->leading = tensor->ndim - 1;
   if (tensor->shape[out->leading] > 1 && stride_of(tensor, out->leading) != 1)
-    return fail(error, OPDC_INVALID_VALUE, "%s: got stride %lld in the last axis, want 1; pass %s.contiguous()", name,
+    return fail(error, OPDC_INVALID_VALUE,
+                "%s: got stride %lld in the last axis, want 1; pass %s.contiguous()", name,
                 (long long)stride_of(tensor, out->leading), name);
   return OPDC_OK;
 }
@@ -156,88 +180,101 @@ static int same_shape(const DLTensor *a, const DLTensor *b, int axes) {
   return 1;
 }
 
-opdc_status check_output(const char *name, const DLTensor *tensor, const view *like, view *out, opdc_error *error) {
+opdc_status check_output(const char *name, const DLTensor *tensor, const view *like, view *out,
+                         opdc_error *error) {
   TRY(check_logits(name, tensor, out, error));
   if (tensor->ndim != like->tensor->ndim || !same_shape(tensor, like->tensor, tensor->ndim))
     return fail(error, OPDC_INVALID_VALUE, "%s: got shape %s, want %s, that of the student", name,
                 text_of_shape(tensor->shape, tensor->ndim).text,
                 text_of_shape(like->tensor->shape, like->tensor->ndim).text);
   if (out->type != like->type)
-    return fail(error, OPDC_INVALID_TYPE, "%s: got dtype %s, want %s, that of the student", name, text_of_type(tensor->dtype),
-                text_of_type(like->tensor->dtype));
+    return fail(error, OPDC_INVALID_TYPE, "%s: got dtype %s, want %s, that of the student", name,
+                text_of_type(tensor->dtype), text_of_type(like->tensor->dtype));
   if (count_positions(tensor, out->leading) > 1 && overlaps_itself(tensor))
-    return fail(error, OPDC_INVALID_VALUE, "%s: got rows that overlap in memory, want rows of their own; pass a contiguous tensor",
-                name);
+    return fail(
+        error, OPDC_INVALID_VALUE,
+        "%s: got rows that overlap in memory, want rows of their own; pass a contiguous tensor",
+        name);
   return OPDC_OK;
 }
 
-static opdc_status check_positions(const char *name, const DLTensor *tensor, const view *logits, view *out, opdc_error *error) {
+static opdc_status check_positions(const char *name, const DLTensor *tensor, const view *logits,
+                                   view *out, opdc_error *error) {
   TRY(check_tensor(name, tensor, out, error));
   out->leading = tensor->ndim;
   if (tensor->ndim != logits->leading || !same_shape(tensor, logits->tensor, tensor->ndim))
-    return fail(error, OPDC_INVALID_VALUE, "%s: got shape %s, want %s, one for each position of the student's logits", name,
+    return fail(error, OPDC_INVALID_VALUE,
+                "%s: got shape %s, want %s, one for each position of the student's logits", name,
                 text_of_shape(tensor->shape, tensor->ndim).text,
                 text_of_shape(logits->tensor->shape, logits->leading).text);
   return OPDC_OK;
 }
 
-opdc_status check_numbers(const char *name, const DLTensor *tensor, const view *logits, view *out, opdc_error *error) {
+opdc_status check_numbers(const char *name, const DLTensor *tensor, const view *logits, view *out,
+                          opdc_error *error) {
   *out = (view){0};
   if (!tensor) return OPDC_OK;
   TRY(check_positions(name, tensor, logits, out, error));
   if (!floating_type(tensor, &out->type))
-    return fail(error, OPDC_INVALID_TYPE, "%s: got dtype %s, want a floating dtype; convert it with .float()", name,
+    return fail(error, OPDC_INVALID_TYPE,
+                "%s: got dtype %s, want a floating dtype; convert it with .float()", name,
                 text_of_type(tensor->dtype));
   return OPDC_OK;
 }
 
-opdc_status check_tokens(const char *name, const DLTensor *tensor, const view *logits, view *out, opdc_error *error) {
+opdc_status check_tokens(const char *name, const DLTensor *tensor, const view *logits, view *out,
+                         opdc_error *error) {
   *out = (view){0};
   if (!tensor) return OPDC_OK;
   TRY(check_positions(name, tensor, logits, out, error));
   if (!is_type(tensor, kDLInt, 64) && !is_type(tensor, kDLInt, 32))
-    return fail(error, OPDC_INVALID_TYPE, "%s: got dtype %s, want int64 or int32 ids; convert it with .long()", name,
+    return fail(error, OPDC_INVALID_TYPE,
+                "%s: got dtype %s, want int64 or int32 ids; convert it with .long()", name,
                 text_of_type(tensor->dtype));
   return OPDC_OK;
 }
 
-opdc_status check_mask(const char *name, const DLTensor *tensor, const view *logits, view *out, opdc_error *error) {
+opdc_status check_mask(const char *name, const DLTensor *tensor, const view *logits, view *out,
+                       opdc_error *error) {
   *out = (view){0};
   if (!tensor) return OPDC_OK;
   TRY(check_positions(name, tensor, logits, out, error));
   if (!is_type(tensor, kDLBool, 8))
-    return fail(error, OPDC_INVALID_TYPE, "%s: got dtype %s, want bool; convert it with %s != 0", name,
-                text_of_type(tensor->dtype), name);
+    return fail(error, OPDC_INVALID_TYPE, "%s: got dtype %s, want bool; convert it with %s != 0",
+                name, text_of_type(tensor->dtype), name);
   return OPDC_OK;
 }
 
-opdc_status check_doubles(const char *name, const DLTensor *tensor, int64_t rows, int64_t columns, double **out,
-                          opdc_error *error) {
+opdc_status check_doubles(const char *name, const DLTensor *tensor, int64_t rows, int64_t columns,
+                          double **out, opdc_error *error) {
   view at = {0};
   const int axes = rows < 0 ? 1 : 2;
   const int64_t wanted[2] = {rows < 0 ? columns : rows, columns};
   if (!tensor) return fail(error, OPDC_INVALID_TYPE, "%s: got None, want a float64 tensor", name);
   TRY(check_tensor(name, tensor, &at, error));
   if (!is_type(tensor, kDLFloat, 64))
-    return fail(error, OPDC_INVALID_TYPE, "%s: got dtype %s, want float64", name, text_of_type(tensor->dtype));
+    return fail(error, OPDC_INVALID_TYPE, "%s: got dtype %s, want float64", name,
+                text_of_type(tensor->dtype));
   if (tensor->ndim != axes || tensor->shape[0] != wanted[0] || tensor->shape[axes - 1] != columns ||
-      (columns > 1 && stride_of(tensor, axes - 1) != 1) || (axes == 2 && rows > 1 && stride_of(tensor, 0) != columns))
+      (columns > 1 && stride_of(tensor, axes - 1) != 1) ||
+      (axes == 2 && rows > 1 && stride_of(tensor, 0) != columns))
     return fail(error, OPDC_INVALID_VALUE, "%s: got shape %s, want a contiguous %s", name,
                 text_of_shape(tensor->shape, tensor->ndim).text, text_of_shape(wanted, axes).text);
   *out = (double *)(void *)at.data;
   return OPDC_OK;
 }
 
-opdc_status check_value(const char *name, const DLTensor *tensor, const view *logits, int per_position, view *out,
-                        opdc_error *error) {
+opdc_status check_value(const char *name, const DLTensor *tensor, const view *logits,
+                        int per_position, view *out, opdc_error *error) {
   if (!tensor) return fail(error, OPDC_INVALID_TYPE, "%s: got None, want a floating tensor", name);
   if (per_position) return check_numbers(name, tensor, logits, out, error);
   TRY(check_tensor(name, tensor, out, error));
   out->leading = 0;
   if (!floating_type(tensor, &out->type))
-    return fail(error, OPDC_INVALID_TYPE, "%s: got dtype %s, want a floating dtype", name, text_of_type(tensor->dtype));
+    return fail(error, OPDC_INVALID_TYPE, "%s: got dtype %s, want a floating dtype", name,
+                text_of_type(tensor->dtype));
   if (tensor->ndim != 0)
-    return fail(error, OPDC_INVALID_VALUE, "%s: got shape %s, want (), one number for the call", name,
-                text_of_shape(tensor->shape, tensor->ndim).text);
+    return fail(error, OPDC_INVALID_VALUE, "%s: got shape %s, want (), one number for the call",
+                name, text_of_shape(tensor->shape, tensor->ndim).text);
   return OPDC_OK;
 }

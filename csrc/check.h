@@ -5,16 +5,17 @@
 #include "dtypes.h"
 #include "opdc.h"
 
-/* Fills the error and returns the status. `message` says: the argument: what came; what is wanted; the fix. */
+/* Fills the error and returns the status. `message` says: the argument: what came; what is
+ * wanted; the fix. */
 #if defined(__GNUC__)
 __attribute__((format(printf, 3, 4)))
 #endif
 opdc_status fail(opdc_error *error, opdc_status status, const char *message, ...);
 
-#define TRY(expression)                                                                                                \
-  do {                                                                                                                 \
-    const opdc_status try_status = (expression);                                                                       \
-    if (try_status != OPDC_OK) return try_status;                                                                      \
+#define TRY(expression)                                                                            \
+  do {                                                                                             \
+    const opdc_status try_status = (expression);                                                   \
+    if (try_status != OPDC_OK) return try_status;                                                  \
   } while (0)
 
 /* A tensor of one value, or one row, for each position. */
@@ -38,19 +39,23 @@ int64_t count_positions(const DLTensor *logits, int leading);
 /* (..., V) logits: any floating dtype of the list, on the CPU, last stride 1. */
 opdc_status check_logits(const char *name, const DLTensor *tensor, view *out, opdc_error *error);
 /* An output like the student: its dtype and shape, no two rows overlapping. */
-opdc_status check_output(const char *name, const DLTensor *tensor, const view *like, view *out, opdc_error *error);
+opdc_status check_output(const char *name, const DLTensor *tensor, const view *like, view *out,
+                         opdc_error *error);
 /* (...) per position, floating; absent when NULL. */
-opdc_status check_numbers(const char *name, const DLTensor *tensor, const view *logits, view *out, opdc_error *error);
-/* (...) per position, int64 or int32; absent when NULL. */
-opdc_status check_tokens(const char *name, const DLTensor *tensor, const view *logits, view *out, opdc_error *error);
-/* (...) per position, bool; absent when NULL. */
-opdc_status check_mask(const char *name, const DLTensor *tensor, const view *logits, view *out, opdc_error *error);
-/* A contiguous float64 tensor of `count` elements (or rows of them). */
-opdc_status check_doubles(const char *name, const DLTensor *tensor, int64_t rows, int64_t columns, double **out,
+opdc_status check_numbers(const char *name, const DLTensor *tensor, const view *logits, view *out,
                           opdc_error *error);
+/* (...) per position, int64 or int32; absent when NULL. */
+opdc_status check_tokens(const char *name, const DLTensor *tensor, const view *logits, view *out,
+                         opdc_error *error);
+/* (...) per position, bool; absent when NULL. */
+opdc_status check_mask(const char *name, const DLTensor *tensor, const view *logits, view *out,
+                       opdc_error *error);
+/* A contiguous float64 tensor of `count` elements (or rows of them). */
+opdc_status check_doubles(const char *name, const DLTensor *tensor, int64_t rows, int64_t columns,
+                          double **out, opdc_error *error);
 /* A number for the whole call, shape (); or one for each position. Output or input. */
-opdc_status check_value(const char *name, const DLTensor *tensor, const view *logits, int per_position, view *out,
-                        opdc_error *error);
+opdc_status check_value(const char *name, const DLTensor *tensor, const view *logits,
+                        int per_position, view *out, opdc_error *error);
 
 static inline int64_t token_at(const view *of, int64_t index) {
   const void *at = view_at(of, index);

@@ -9,32 +9,33 @@
 /* X(name, whether this processor runs it), slowest first */
 #define LEVEL_GENERIC(X) X(generic, 1)
 #if OPDC_HAVE_AVX2
-#define LEVEL_AVX2(X) X(avx2, has_avx2())
+#  define LEVEL_AVX2(X) X(avx2, has_avx2())
 #else
-#define LEVEL_AVX2(X)
+#  define LEVEL_AVX2(X)
 #endif
 #if OPDC_HAVE_AVX512
-#define LEVEL_AVX512(X) X(avx512, has_avx512())
+#  define LEVEL_AVX512(X) X(avx512, has_avx512())
 #else
-#define LEVEL_AVX512(X)
+#  define LEVEL_AVX512(X)
 #endif
 #if OPDC_HAVE_NEON
-#define LEVEL_NEON(X) X(neon, 1)
+#  define LEVEL_NEON(X) X(neon, 1)
 #else
-#define LEVEL_NEON(X)
+#  define LEVEL_NEON(X)
 #endif
 #define LEVELS(X) LEVEL_GENERIC(X) LEVEL_AVX2(X) LEVEL_AVX512(X) LEVEL_NEON(X)
 
 #if OPDC_HAVE_AVX2
 static int has_avx2(void) {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("bmi2");
 }
 #endif
 #if OPDC_HAVE_AVX512
 static int has_avx512(void) {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
 }
 #endif
 
@@ -44,17 +45,21 @@ LEVELS(DECLARE)
 
 /* The level at a place in the list of those that run here, and its name. */
 static const char *level(int index, instruction_set *found) {
-#define TAKE(level_name, runs)                                                                                         \
-  if (runs && index-- == 0) {                                                                                          \
-    if (found) *found = (instruction_set){#level_name, row_kernels_f32_##level_name, row_kernels_f64_##level_name};    \
-    return #level_name;                                                                                                \
+#define TAKE(level_name, runs)                                                                     \
+  if (runs && index-- == 0) {                                                                      \
+    if (found)                                                                                     \
+      *found = (instruction_set){#level_name, row_kernels_f32_##level_name,                        \
+                                 row_kernels_f64_##level_name};                                    \
+    return #level_name;                                                                            \
   }
   LEVELS(TAKE)
 #undef TAKE
   return NULL;
 }
 
-const char *opdc_instruction_set_available(int index) { return index < 0 ? NULL : level(index, NULL); }
+const char *opdc_instruction_set_available(int index) {
+  return index < 0 ? NULL : level(index, NULL);
+}
 
 /* Chosen once, at the first use. */
 static struct {
@@ -78,7 +83,9 @@ static void choose(void) {
     level(count - 1, &chosen.set);
   else
     snprintf(chosen.error.message, sizeof chosen.error.message,
-             "OPDC_ISA: got \"%.64s\", which this processor or this build lacks; set it to one of %s, or unset it", wanted, names);
+             "OPDC_ISA: got \"%.64s\", which this processor or this build lacks; "
+             "set it to one of %s, or unset it",
+             wanted, names);
 }
 
 const instruction_set *instruction_set_in_use(opdc_error *error) {

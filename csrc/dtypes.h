@@ -6,10 +6,10 @@
 #include <string.h>
 
 /* X(name, DLPack type code, bits) */
-#define OPDC_DTYPES(X)                                                                                                 \
-  X(f32, kDLFloat, 32)                                                                                                 \
-  X(f64, kDLFloat, 64)                                                                                                 \
-  X(bf16, kDLBfloat, 16)                                                                                               \
+#define OPDC_DTYPES(X)                                                                             \
+  X(f32, kDLFloat, 32)                                                                             \
+  X(f64, kDLFloat, 64)                                                                             \
+  X(bf16, kDLBfloat, 16)                                                                           \
   X(f16, kDLFloat, 16)
 
 typedef enum dtype {
@@ -18,7 +18,9 @@ typedef enum dtype {
 #undef DTYPE
 } dtype;
 
-static inline int dtype_bytes(dtype type) { return type == dtype_f64 ? 8 : type == dtype_f32 ? 4 : 2; }
+static inline int dtype_bytes(dtype type) {
+  return type == dtype_f64 ? 8 : type == dtype_f32 ? 4 : 2;
+}
 
 static inline float float_of_bf16(uint16_t half) {
   const uint32_t bits = (uint32_t)half << 16;
@@ -57,8 +59,9 @@ static inline uint16_t f16_of_float(float x) {
   sign = bits >> 16 & 0x8000u;
   bits &= 0x7fffffffu;
   if (bits > 0x7f800000u) return (uint16_t)(sign | 0x7e00u | (bits >> 13 & 0x3ffu));
-  if (bits >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u); /* 65520 and above round to infinity */
-  if (bits < 0x38800000u) {                                   /* denormal: adding 0.5 rounds to a multiple of 2^-24 */
+  if (bits >= 0x477ff000u)
+    return (uint16_t)(sign | 0x7c00u); /* 65520 and above round to infinity */
+  if (bits < 0x38800000u) {            /* denormal: adding 0.5 rounds to a multiple of 2^-24 */
     float magnitude;
     uint32_t rounded;
     memcpy(&magnitude, &bits, sizeof magnitude);
@@ -70,8 +73,8 @@ static inline uint16_t f16_of_float(float x) {
   return (uint16_t)(sign | (bits - ((127u - 15u) << 23)) >> 13);
 }
 
-/* A double to float for a further rounding to 16 bits: truncated, with the last bit set if anything was lost ("to odd"), so
- * that the two roundings give what one would. */
+/* A double to float for a further rounding to 16 bits: truncated, with the last bit set if
+ * anything was lost ("to odd"), so that the two roundings give what one would. */
 static inline float float_to_odd(double x) {
   float nearest = (float)x;
   uint32_t bits;
@@ -88,10 +91,10 @@ static inline float float_to_odd(double x) {
 /* Element `index` of a vector. */
 static inline double load_element(const void *from, dtype type, int64_t index) {
   switch (type) {
-    case dtype_f64: return ((const double *)from)[index];
-    case dtype_f32: return (double)((const float *)from)[index];
-    case dtype_bf16: return (double)float_of_bf16(((const uint16_t *)from)[index]);
-    case dtype_f16: return (double)float_of_f16(((const uint16_t *)from)[index]);
+  case dtype_f64: return ((const double *)from)[index];
+  case dtype_f32: return (double)((const float *)from)[index];
+  case dtype_bf16: return (double)float_of_bf16(((const uint16_t *)from)[index]);
+  case dtype_f16: return (double)float_of_f16(((const uint16_t *)from)[index]);
   }
   return 0.0;
 }
@@ -99,10 +102,10 @@ static inline double load_element(const void *from, dtype type, int64_t index) {
 /* Rounded once, whatever the dtype. */
 static inline void store_element(void *to, dtype type, int64_t index, double x) {
   switch (type) {
-    case dtype_f64: ((double *)to)[index] = x; break;
-    case dtype_f32: ((float *)to)[index] = (float)x; break;
-    case dtype_bf16: ((uint16_t *)to)[index] = bf16_of_float(float_to_odd(x)); break;
-    case dtype_f16: ((uint16_t *)to)[index] = f16_of_float(float_to_odd(x)); break;
+  case dtype_f64: ((double *)to)[index] = x; break;
+  case dtype_f32: ((float *)to)[index] = (float)x; break;
+  case dtype_bf16: ((uint16_t *)to)[index] = bf16_of_float(float_to_odd(x)); break;
+  case dtype_f16: ((uint16_t *)to)[index] = f16_of_float(float_to_odd(x)); break;
   }
 }
 

@@ -1,4 +1,5 @@
-/* What an instruction set offers to the loops over rows: the row kernels, once for each arithmetic. */
+/* What an instruction set offers to the loops over rows: the row kernels, once for each arithmetic.
+ */
 #ifndef OPDC_KERNELS_H
 #define OPDC_KERNELS_H
 
@@ -38,7 +39,8 @@ typedef struct row_call {
   int64_t vocabulary; /* ids in use, at most V */
   dtype student_type, teacher_type;
   int has_old, has_reference;
-  int log_ratio, reverse_kl, forward_kl, entropy; /* wanted, for the loss or as metrics; the KLs need the exact log-ratio */
+  int log_ratio, reverse_kl, forward_kl,
+      entropy; /* wanted, for the loss or as metrics; the KLs need the exact log-ratio */
 } row_call;
 
 /* One position. */
@@ -48,8 +50,9 @@ typedef struct row_input {
   double teacher_logprob, old_logprob, reference_logprob;
 } row_input;
 
-/* Mass of a row: the largest logit, and the sum of the exponentials of all the others relative to it. Keeping that one apart (it is exactly
- * 1) keeps log p and 1 - p of a confident row exact, where one sum would round the rest away. */
+/* Mass of a row: the largest logit, and the sum of the exponentials of all the others relative
+ * to it. Keeping that one apart (it is exactly 1) keeps log p and 1 - p of a confident row
+ * exact, where one sum would round the rest away. */
 typedef struct mass {
   double maximum; /* -inf: no id at all, and then rest = -1 */
   double rest;    /* sum of exp((x - maximum) / T) = 1 + rest */
@@ -60,26 +63,29 @@ typedef struct mass {
 /* What is known of a position after its loss: opdc.h says how long it lives. Doubles only. */
 typedef struct row {
   mass student, teacher;
-  double log_ratio;  /* log-sum-exp of student / T minus that of teacher / T, correct to a rounding of their difference */
+  double log_ratio; /* log-sum-exp of student / T minus that of teacher / T, correct to a rounding
+                       of their difference */
   double reverse_kl, forward_kl;
-  double mean;             /* what the gradient of the element rule subtracts: its sum over ids */
-  double divergence;       /* the element rule's value */
-  double token_logprob;    /* s_y */
-  double token_rest;       /* 1 - p_y */
-  double token_log_ratio;  /* R = log q_y - log p_y */
-  double advantage;        /* A, before and after discounting */
+  double mean;            /* what the gradient of the element rule subtracts: its sum over ids */
+  double divergence;      /* the element rule's value */
+  double token_logprob;   /* s_y */
+  double token_rest;      /* 1 - p_y */
+  double token_log_ratio; /* R = log q_y - log p_y */
+  double advantage;       /* A, before and after discounting */
   double loss;
-  double divergence_coefficient, token_coefficient; /* the gradient is (a (u - p sum u) + b (1[j = y] - p)) / T */
+  double divergence_coefficient,
+      token_coefficient; /* the gradient is (a (u - p sum u) + b (1[j = y] - p)) / T */
   double clipped;
   double student_entropy, teacher_entropy, k3; /* metrics that need more than a product */
   double unused[2];
-  double active;                               /* 1, or 0: nothing else here is meant */
-  double factor;                               /* weight over denominator: the share of the loss in the value */
+  double active; /* 1, or 0: nothing else here is meant */
+  double factor; /* weight over denominator: the share of the loss in the value */
 } row;
 _Static_assert(sizeof(row) == OPDC_ROW * sizeof(double), "a row is OPDC_ROW doubles");
 
-/* `derivatives` is room for one number of the arithmetic for each id, and DERIVATIVES_PADDING more: the derivatives u of a mixture divergence, which cost as much as the
- * sums and come with them. NULL where no gradient follows, or the element rule needs none (needs_derivatives). */
+/* `derivatives` is room for one number of the arithmetic for each id, and DERIVATIVES_PADDING
+ * more: the derivatives u of a mixture divergence, which cost as much as the sums and come with
+ * them. NULL where no gradient follows, or the element rule needs none (needs_derivatives). */
 typedef struct row_kernels {
   /* everything that takes a pass over the row, and the advantage */
   void (*measure)(const row_call *call, const row_input *input, row *out, void *derivatives);
@@ -88,8 +94,8 @@ typedef struct row_kernels {
   /* the derivatives of a row that was measured before */
   void (*derive)(const row_call *call, const row_input *input, const row *from, void *derivatives);
   /* factor times the gradient row; `to` may be the student's row */
-  void (*gradient)(const row_call *call, const row_input *input, const row *from, double factor, const void *derivatives,
-                   void *to);
+  void (*gradient)(const row_call *call, const row_input *input, const row *from, double factor,
+                   const void *derivatives, void *to);
   /* to = factor * from */
   void (*scale)(const void *from, dtype type, int64_t count, double factor, void *to);
 } row_kernels;
@@ -105,7 +111,8 @@ typedef struct instruction_set {
   row_kernels f32, f64;
 } instruction_set;
 
-/* The instruction set of all calls; NULL, with the error filled, when OPDC_ISA asks for what is not there. */
+/* The instruction set of all calls; NULL, with the error filled, when OPDC_ISA asks for what is
+ * not there. */
 const instruction_set *instruction_set_in_use(opdc_error *error);
 
 #endif

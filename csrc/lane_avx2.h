@@ -24,7 +24,9 @@ static inline lane lane_abs(lane a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.
 static inline lane_mask lane_less(lane a, lane b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 static inline lane_mask lane_equal(lane a, lane b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
 static inline int lane_any(lane_mask mask) { return _mm256_movemask_ps(mask) != 0; }
-static inline lane lane_select(lane_mask mask, lane a, lane b) { return _mm256_blendv_ps(b, a, mask); }
+static inline lane lane_select(lane_mask mask, lane a, lane b) {
+  return _mm256_blendv_ps(b, a, mask);
+}
 static inline lane lane_keep(lane_mask mask, lane a) { return _mm256_and_ps(mask, a); }
 
 static inline lane lane_power_of_two(lane shifted) {
@@ -32,8 +34,10 @@ static inline lane lane_power_of_two(lane shifted) {
 }
 static inline lane lane_exponent(lane a, lane *scale) {
   const __m256i root_half = _mm256_set1_epi32(0x3f3504f3);
-  const __m256i exponent = _mm256_srai_epi32(_mm256_sub_epi32(_mm256_castps_si256(a), root_half), 23);
-  *scale = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_sub_epi32(_mm256_set1_epi32(127), exponent), 23));
+  const __m256i exponent =
+      _mm256_srai_epi32(_mm256_sub_epi32(_mm256_castps_si256(a), root_half), 23);
+  *scale = _mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_sub_epi32(_mm256_set1_epi32(127), exponent), 23));
   return _mm256_cvtepi32_ps(exponent);
 }
 
@@ -69,11 +73,12 @@ static inline void lane_store_bf16(uint16_t *to, lane a) {
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   const __m256i unordered = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
   const __m256i upper = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, unordered), 16);
-  _mm_storeu_si128((__m128i *)to,
-                   _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1)));
+  _mm_storeu_si128((__m128i *)to, _mm_packus_epi32(_mm256_castsi256_si128(upper),
+                                                   _mm256_extracti128_si256(upper, 1)));
 }
 static inline void lane_store_f16(uint16_t *to, lane a) {
-  _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm_storeu_si128((__m128i *)to,
+                   _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 #endif

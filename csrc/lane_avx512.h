@@ -24,7 +24,9 @@ static inline lane lane_abs(lane a) { return _mm512_abs_ps(a); }
 static inline lane_mask lane_less(lane a, lane b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 static inline lane_mask lane_equal(lane a, lane b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 static inline int lane_any(lane_mask mask) { return mask != 0; }
-static inline lane lane_select(lane_mask mask, lane a, lane b) { return _mm512_mask_blend_ps(mask, b, a); }
+static inline lane lane_select(lane_mask mask, lane a, lane b) {
+  return _mm512_mask_blend_ps(mask, b, a);
+}
 static inline lane lane_keep(lane_mask mask, lane a) { return _mm512_maskz_mov_ps(mask, a); }
 
 static inline lane lane_power_of_two(lane shifted) {
@@ -32,8 +34,10 @@ static inline lane lane_power_of_two(lane shifted) {
 }
 static inline lane lane_exponent(lane a, lane *scale) {
   const __m512i root_half = _mm512_set1_epi32(0x3f3504f3);
-  const __m512i exponent = _mm512_srai_epi32(_mm512_sub_epi32(_mm512_castps_si512(a), root_half), 23);
-  *scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_sub_epi32(_mm512_set1_epi32(127), exponent), 23));
+  const __m512i exponent =
+      _mm512_srai_epi32(_mm512_sub_epi32(_mm512_castps_si512(a), root_half), 23);
+  *scale = _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_sub_epi32(_mm512_set1_epi32(127), exponent), 23));
   return _mm512_cvtepi32_ps(exponent);
 }
 
@@ -66,17 +70,20 @@ static inline lane lane_load_bf16(const uint16_t *from) {
 static inline lane lane_load_f16(const uint16_t *from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
 }
-/* To nearest, ties to even; a NaN stays one. In integers: the bf16 instruction would flush denormals. */
+/* To nearest, ties to even; a NaN stays one. In integers: the bf16 instruction would flush
+ * denormals. */
 static inline void lane_store_bf16(uint16_t *to, lane a) {
   const __m512i bits = _mm512_castps_si512(a);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-  const __m512i result = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), quiet);
+  const __m512i result =
+      _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), quiet);
   _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16)));
 }
 static inline void lane_store_f16(uint16_t *to, lane a) {
-  _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256((__m256i *)to,
+                      _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 #endif

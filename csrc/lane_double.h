@@ -1,4 +1,5 @@
-/* One double: the arithmetic of float64 logits, and of every per-row number. What each operation means is said in lane_generic.h. */
+/* One double: the arithmetic of float64 logits, and of every per-row number. What each operation
+ * means is said in lane_generic.h. */
 #ifndef OPDC_LANE_H
 #define OPDC_LANE_H
 
@@ -38,7 +39,9 @@ static inline uint64_t lane_to_bits(double x) {
   memcpy(&bits, &x, sizeof bits);
   return bits;
 }
-static inline lane lane_power_of_two(lane shifted) { return lane_from_bits(lane_to_bits(shifted) << 52); }
+static inline lane lane_power_of_two(lane shifted) {
+  return lane_from_bits(lane_to_bits(shifted) << 52);
+}
 static inline lane lane_exponent(lane a, lane *scale) {
   const int64_t exponent = (int64_t)(lane_to_bits(a) - 0x3fe6a09e667f3bcdu) >> 52;
   *scale = lane_from_bits((uint64_t)(1023 - exponent) << 52);

@@ -34,7 +34,8 @@ static inline lane lane_power_of_two(lane shifted) {
   return vreinterpretq_f32_s32(vshlq_n_s32(vreinterpretq_s32_f32(shifted), 23));
 }
 static inline lane lane_exponent(lane a, lane *scale) {
-  const int32x4_t exponent = vshrq_n_s32(vsubq_s32(vreinterpretq_s32_f32(a), vdupq_n_s32(0x3f3504f3)), 23);
+  const int32x4_t exponent =
+      vshrq_n_s32(vsubq_s32(vreinterpretq_s32_f32(a), vdupq_n_s32(0x3f3504f3)), 23);
   *scale = vreinterpretq_f32_s32(vshlq_n_s32(vsubq_s32(vdupq_n_s32(127), exponent), 23));
   return vcvtq_f32_s32(exponent);
 }

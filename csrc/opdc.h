@@ -1,30 +1,38 @@
 /* opdc: losses of on-policy distillation, from logits to loss and gradient.
  *
- * One call computes, for every position of a batch, a loss that compares a student's distribution over the vocabulary
- * with a teacher's, and the gradient of that loss with respect to the student's logits, in the fewest passes over memory.
+ * One call computes, for every position of a batch, a loss that compares a student's distribution
+ * over the vocabulary with a teacher's, and the gradient of that loss with respect to the student's
+ * logits, in the fewest passes over memory.
  *
  * Conventions, for every function:
  *
- *   shapes     Logits have the shape (..., V); the vocabulary is the last axis and has stride 1. All leading axes together
- *              are the positions (...); tokens, mask, weights and log-probs have exactly that shape. The last position axis
- *              is the sequence. Leading strides are free: 0, negative and overlapping ones are fine for inputs; an output
- *              of the shape (..., V) must not overlap itself.
- *   units      Natural logarithms; a log-prob or a divergence is in nats. Probabilities are at the temperature T:
- *              p = softmax(student / T), q = softmax(teacher / T).
- *   dtypes     Logits: float32, float64, bfloat16, float16; student and teacher may differ. The arithmetic is float64 if one
- *              of them is float64, else float32. Per-position values come out in the arithmetic's type; a gradient has
- *              the dtype of the student and is rounded to it once.
+ *   shapes     Logits have the shape (..., V); the vocabulary is the last axis and has stride 1.
+ *              All leading axes together are the positions (...); tokens, mask, weights and
+ *              log-probs have exactly that shape. The last position axis is the sequence. Leading
+ *              strides are free: 0, negative and overlapping ones are fine for inputs; an output of
+ *              the shape (..., V) must not overlap itself.
+ *   units      Natural logarithms; a log-prob or a divergence is in nats. Probabilities are at the
+ *              temperature T: p = softmax(student / T), q = softmax(teacher / T).
+ *   dtypes     Logits: float32, float64, bfloat16, float16; student and teacher may differ. The
+ *              arithmetic is float64 if one of them is float64, else float32. Per-position values
+ *              come out in the arithmetic's type; a gradient has the dtype of the student and is
+ *              rounded to it once.
  *   alignment  Any address that is a multiple of the element size.
- *   mask       A position whose mask is 0 is inactive: nothing of it is read, its loss and its gradient are exactly 0.
- *   NaN        A row with NaN, +inf, or nothing but -inf gives a NaN loss and a NaN gradient row; other rows stay finite.
- *              -inf in both models means that the id does not exist. A loss of +inf has a NaN gradient row.
+ *   mask       A position whose mask is 0 is inactive: nothing of it is read, its loss and its
+ *              gradient are exactly 0.
+ *   NaN        A row with NaN, +inf, or nothing but -inf gives a NaN loss and a NaN gradient row;
+ *              other rows stay finite. -inf in both models means that the id does not exist. A loss
+ *              of +inf has a NaN gradient row.
  *   empty      No position, or none active: losses and sums are 0, gradients are 0.
- *   errors     Every argument is checked before anything is written. The status is not 0 and `error->message` names the
- *              argument, what came, what is wanted and the fix. There is no abort and no global error state.
- *   threads    Functions may be called from any thread at the same time. `threads` bounds the OpenMP team of the call; the
- *              result does not depend on it, nor on strides, alignment, other rows or the instruction set: same bits.
- *   memory     Each thread uses less than 64 KiB of stack. The gradients of the mixture divergences (jsd, skew) take one row of
- *              V numbers of the arithmetic for each thread besides, for the time of the call; nothing else is allocated.
+ *   errors     Every argument is checked before anything is written. The status is not 0 and
+ *              `error->message` names the argument, what came, what is wanted and the fix. There is
+ *              no abort and no global error state.
+ *   threads    Functions may be called from any thread at the same time. `threads` bounds the
+ *              OpenMP team of the call; the result does not depend on it, nor on strides,
+ *              alignment, other rows or the instruction set: same bits.
+ *   memory     Each thread uses less than 64 KiB of stack. The gradients of the mixture divergences
+ *              (jsd, skew) take one row of V numbers of the arithmetic for each thread besides, for
+ *              the time of the call; nothing else is allocated.
  */
 #ifndef OPDC_H
 #define OPDC_H
@@ -57,8 +65,8 @@ typedef enum opdc_reduction {
   OPDC_NONE = 0,    /* m w l for each position */
   OPDC_SUM = 1,     /* sum of m w l */
   OPDC_MEAN = 2,    /* sum of m w l / sum of m, or / num_items */
-  OPDC_SEQ_MEAN = 3 /* mean over the sequences that have an active position of (sum of m w l / sum of m); num_items replaces
-                       the number of those sequences */
+  OPDC_SEQ_MEAN = 3 /* mean over the sequences that have an active position of (sum of m w l / sum
+                       of m); num_items replaces the number of those sequences */
 } opdc_reduction;
 
 /* Where the advantage of a policy-gradient loss takes the log-prob of the behaviour policy from. */
@@ -67,11 +75,13 @@ typedef enum opdc_advantage {
   OPDC_ADVANTAGE_CURRENT = 1 /* the current, detached log-prob of the student */
 } opdc_advantage;
 
-/* The numbers of a call. They come as one float64 tensor of OPDC_SETTINGS elements in this order. */
+/* The numbers of a call. They come as one float64 tensor of OPDC_SETTINGS elements in this order.
+ */
 typedef struct opdc_settings {
-  double temperature;  /* T > 0 */
-  double mixture;      /* beta of jsd in [0, 1]; alpha of the skew divergences in [0, 1] */
-  double clip_low;     /* the ratio is clipped to [1 - clip_low, 1 + clip_high]; +inf in both: no clipping */
+  double temperature; /* T > 0 */
+  double mixture;     /* beta of jsd in [0, 1]; alpha of the skew divergences in [0, 1] */
+  double clip_low;    /* the ratio is clipped to [1 - clip_low, 1 + clip_high]; +inf in both: no
+                         clipping */
   double clip_high;
   double discount;     /* gamma in [0, 1]: future advantages of the sequence; 0: none */
   double reward_scale; /* lambda; 1 unless there is a reference policy */
@@ -82,62 +92,75 @@ typedef struct opdc_settings {
 /* What goes in. A tensor that a method does not need is NULL. */
 typedef struct opdc_call {
   opdc_method method;
-  const DLTensor *student;              /* (..., V) logits */
-  const DLTensor *teacher;              /* (..., V) logits; NULL with teacher_logprobs or for student-only methods */
-  const DLTensor *tokens;               /* (...) int64 or int32: the sampled ids, in [0, valid_vocab) where active */
-  const DLTensor *mask;                 /* (...) bool; NULL: all active */
-  const DLTensor *weights;              /* (...) floating; NULL: 1. May be 0 or negative; never in a denominator */
-  const DLTensor *teacher_logprobs;     /* (...) floating: log q(token) in place of `teacher` */
-  const DLTensor *old_logprobs;         /* (...) floating: log-probs of the tokens under the behaviour policy */
-  const DLTensor *reference_logprobs;   /* (...) floating: log-probs of the tokens under a reference policy */
-  const DLTensor *settings;             /* (OPDC_SETTINGS,) float64, contiguous */
+  const DLTensor *student; /* (..., V) logits */
+  const DLTensor
+      *teacher; /* (..., V) logits; NULL with teacher_logprobs or for student-only methods */
+  const DLTensor
+      *tokens; /* (...) int64 or int32: the sampled ids, in [0, valid_vocab) where active */
+  const DLTensor *mask; /* (...) bool; NULL: all active */
+  const DLTensor
+      *weights; /* (...) floating; NULL: 1. May be 0 or negative; never in a denominator */
+  const DLTensor *teacher_logprobs; /* (...) floating: log q(token) in place of `teacher` */
+  const DLTensor
+      *old_logprobs; /* (...) floating: log-probs of the tokens under the behaviour policy */
+  const DLTensor
+      *reference_logprobs;  /* (...) floating: log-probs of the tokens under a reference policy */
+  const DLTensor *settings; /* (OPDC_SETTINGS,) float64, contiguous */
   opdc_reduction reduction;
   opdc_advantage advantage;
-  int64_t valid_vocab; /* both softmaxes run over ids 0 .. valid_vocab-1, the gradient beyond is 0; 0: the whole of V, which must
-                          then be the same in both models */
+  int64_t valid_vocab; /* both softmaxes run over ids 0 .. valid_vocab-1, the gradient beyond is 0;
+                          0: the whole of V, which must then be the same in both models */
   int threads;         /* at least 1 */
 } opdc_call;
 
-/* What is kept of a position between its loss and its gradient: doubles only, so that a float64 tensor (N, OPDC_ROW) holds
- * it. The contents are opdc's own, except that they may be copied and saved. */
+/* What is kept of a position between its loss and its gradient: doubles only, so that a float64
+ * tensor (N, OPDC_ROW) holds it. The contents are opdc's own, except that they may be copied and
+ * saved. */
 #define OPDC_ROW 28
 
-/* Sums over the active positions, in this order; opdc_metric_name gives the names. Entries that a method does not compute are
- * marked by NaN. `log_ratio_min` and `log_ratio_max` are extremes (+inf, -inf when empty), all the others sums. */
+/* Sums over the active positions, in this order; opdc_metric_name gives the names. Entries that
+ * a method does not compute are marked by NaN. `log_ratio_min` and `log_ratio_max` are extremes
+ * (+inf, -inf when empty), all the others sums. */
 int opdc_metric_count(void);
 const char *opdc_metric_name(int metric); /* NULL beyond the last one */
 
-/* The metrics that a method computes, as a mask: bit i for metric i. Those of the teacher's whole distribution need its logits. */
+/* The metrics that a method computes, as a mask: bit i for metric i. Those of the teacher's
+ * whole distribution need its logits. */
 uint64_t opdc_method_metrics(opdc_method method, int teacher_logits);
 
 /* Computes the value of a loss and, if asked, its gradient.
  *
  *   value     (...) for OPDC_NONE, () otherwise; dtype of the arithmetic
- *   gradient  (..., V), dtype of the student, or NULL. For a scalar reduction it is d value / d student; for OPDC_NONE row n is
- *             d value[n] / d student[n]. It may be the student tensor itself (same address and strides): computed in place.
+ *   gradient  (..., V), dtype of the student, or NULL. For a scalar reduction it is d value / d
+ *             student; for OPDC_NONE row n is d value[n] / d student[n]. It may be the student
+ *             tensor itself (same address and strides): computed in place.
  *   rows      (N, OPDC_ROW) float64, contiguous, N positions
  *   metrics   (opdc_metric_count(),) float64, contiguous, or NULL
  *
- * Reads student and teacher once from memory for the loss and once more, from the cache where a row fits there, for the
- * gradient. */
-opdc_status opdc_loss(const opdc_call *call, const DLTensor *value, const DLTensor *gradient, const DLTensor *rows,
-                      const DLTensor *metrics, opdc_error *error);
+ * Reads student and teacher once from memory for the loss and once more, from the cache where a
+ * row fits there, for the gradient. */
+opdc_status opdc_loss(const opdc_call *call, const DLTensor *value, const DLTensor *gradient,
+                      const DLTensor *rows, const DLTensor *metrics, opdc_error *error);
 
-/* The gradient alone, from the rows that opdc_loss wrote for the same call: d (upstream . value) / d student.
+/* The gradient alone, from the rows that opdc_loss wrote for the same call: d (upstream . value) /
+ * d student.
  *   upstream  floating: (...) for OPDC_NONE, () otherwise; any strides, 0 too
  *   gradient  (..., V), dtype of the student */
-opdc_status opdc_gradient(const opdc_call *call, const DLTensor *rows, const DLTensor *upstream, const DLTensor *gradient,
-                          opdc_error *error);
+opdc_status opdc_gradient(const opdc_call *call, const DLTensor *rows, const DLTensor *upstream,
+                          const DLTensor *gradient, opdc_error *error);
 
-/* output = upstream * gradient, row by row: what backward does with a gradient that opdc_loss computed.
+/* output = upstream * gradient, row by row: what backward does with a gradient that opdc_loss
+ * computed.
  *   gradient, output  (..., V), same shape and dtype; may be the same tensor
  *   upstream          floating, shape () or (...)
- * Rows whose factor is 1 are copied (left alone in place); a factor 0 gives 0 unless the row has NaN. */
-opdc_status opdc_scale(const DLTensor *gradient, const DLTensor *upstream, const DLTensor *output, int threads,
-                       opdc_error *error);
+ * Rows whose factor is 1 are copied (left alone in place); a factor 0 gives 0 unless the row has
+ * NaN. */
+opdc_status opdc_scale(const DLTensor *gradient, const DLTensor *upstream, const DLTensor *output,
+                       int threads, opdc_error *error);
 
-/* The instruction set in use, chosen at the first use from what the processor offers, or by the environment variable OPDC_ISA. NULL
- * when OPDC_ISA names one that this processor or this build lacks; then `error` says so, and every function above fails alike. */
+/* The instruction set in use, chosen at the first use from what the processor offers, or by the
+ * environment variable OPDC_ISA. NULL when OPDC_ISA names one that this processor or this build
+ * lacks; then `error` says so, and every function above fails alike. */
 const char *opdc_instruction_set(opdc_error *error);
 const char *opdc_instruction_set_available(int index); /* slowest first; NULL beyond the last one */
 

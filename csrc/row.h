@@ -1,12 +1,14 @@
 /* The passes over one row, for one arithmetic (`real`) and one instruction set (`lane`).
  *
- * A row is walked in blocks that fit the first-level cache. `gather` brings a block of logits of any dtype into an array of reals,
- * padded to whole lanes by -inf, so that nothing after it knows of dtypes or tails. The masses and divergences of the
- * blocks are then combined by the same formulas that combine the ids of a block: for p and q on a set that is cut into blocks,
+ * A row is walked in blocks that fit the first-level cache. `gather` brings a block of logits of
+ * any dtype into an array of reals, padded to whole lanes by -inf, so that nothing after it knows
+ * of dtypes or tails. The masses and divergences of the blocks are then combined by the same
+ * formulas that combine the ids of a block: for p and q on a set that is cut into blocks,
  *
  *   KL(p, q) = sum_blocks P_block KL(p | block, q | block) + KL(P, Q)
  *
- * with P, Q the masses of the blocks. All terms are nonnegative, so nothing cancels, and one read of the row is enough.
+ * with P, Q the masses of the blocks. All terms are nonnegative, so nothing cancels, and one read
+ * of the row is enough.
  */
 #ifndef OPDC_ROW_H
 #define OPDC_ROW_H
@@ -14,9 +16,9 @@
 #define BLOCK (4096 / (int)sizeof(real)) /* ids in a block: a few arrays of 4 KiB */
 #define BATCH 64                         /* blocks whose results are combined at a time */
 #if OPDC_F64
-#define GROUP 1 /* numbers that are summed side by side, in GROUP / LANES lanes */
+#  define GROUP 1 /* numbers that are summed side by side, in GROUP / LANES lanes */
 #else
-#define GROUP 16
+#  define GROUP 16
 #endif
 #define PARTS (GROUP / LANES)
 
@@ -29,24 +31,29 @@ static inline group group_of(real x) {
   for (int part = 0; part < PARTS; part++) all.part[part] = lane_set(x);
   return all;
 }
-static inline void group_add(group *to, int part, lane a) { to->part[part] = lane_add(to->part[part], a); }
-/* for each lane of a padded array of `count` numbers: `i` is its place, `part` its part of the group */
-#define FOR_EACH_LANE(count)                                                                                           \
-  for (int first = 0; first < (count); first += GROUP)                                                                 \
+static inline void group_add(group *to, int part, lane a) {
+  to->part[part] = lane_add(to->part[part], a);
+}
+/* for each lane of a padded array of `count` numbers: `i` is its place, `part` its part of the
+ * group */
+#define FOR_EACH_LANE(count)                                                                       \
+  for (int first = 0; first < (count); first += GROUP)                                             \
     for (int part = 0, i = first; part < PARTS; part++, i += LANES)
 
 typedef struct extremes {
   real maximum, minimum;
 } extremes;
 
-/* --- In and out ------------------------------------------------------------------------------------------------------------ */
+/* --- In and out ------------------------------------------------------------------------------- */
 
 static inline const char *element_address(const void *from, dtype type, int64_t index) {
   return (const char *)from + index * dtype_bytes(type);
 }
 
 #if OPDC_F64
-SPECIALISED lane load_lane(const char *from, const dtype type) { return load_element(from, type, 0); }
+SPECIALISED lane load_lane(const char *from, const dtype type) {
+  return load_element(from, type, 0);
+}
 SPECIALISED void store_lane(char *to, const dtype type, lane a) { store_element(to, type, 0, a); }
 #else
 SPECIALISED lane load_lane(const char *from, const dtype type) {
@@ -84,19 +91,20 @@ SPECIALISED extremes gather_typed(const char *from, const dtype type, int count,
   return (extremes){lane_maximum(maximum), lane_minimum(minimum)};
 }
 
-/* Logits [start, start + count) of a row. The extremes ignore NaN, unless there is nothing but NaN and -inf. */
+/* Logits [start, start + count) of a row. The extremes ignore NaN, unless there is nothing but
+ * NaN and -inf. */
 static extremes gather(const void *row_of_logits, dtype type, int64_t start, int count, real *to) {
   const char *from = element_address(row_of_logits, type, start);
   extremes found = {0, 0};
   switch (type) {
-    case dtype_f32: found = gather_typed(from, dtype_f32, count, to); break;
-    case dtype_bf16: found = gather_typed(from, dtype_bf16, count, to); break;
-    case dtype_f16: found = gather_typed(from, dtype_f16, count, to); break;
-    case dtype_f64:
+  case dtype_f32: found = gather_typed(from, dtype_f32, count, to); break;
+  case dtype_bf16: found = gather_typed(from, dtype_bf16, count, to); break;
+  case dtype_f16: found = gather_typed(from, dtype_f16, count, to); break;
+  case dtype_f64:
 #if OPDC_F64
-      found = gather_typed(from, dtype_f64, count, to);
+    found = gather_typed(from, dtype_f64, count, to);
 #endif
-      break;
+    break;
   }
   if (found.maximum == -(real)INFINITY) /* max() has dropped any NaN: look for one */
     for (int i = 0; i < count; i++)
@@ -105,15 +113,19 @@ static extremes gather(const void *row_of_logits, dtype type, int64_t start, int
 }
 
 #if OPDC_F64
-#define NATIVE dtype_f64
+#  define NATIVE dtype_f64
 #else
-#define NATIVE dtype_f32
+#  define NATIVE dtype_f32
 #endif
 
-static inline int is_in_place(dtype type, int count) { return type == NATIVE && count % GROUP == 0; }
+static inline int is_in_place(dtype type, int count) {
+  return type == NATIVE && count % GROUP == 0;
+}
 
-/* The block where it lies, if its numbers are those of the arithmetic and fill whole groups; else a copy. */
-static inline const real *block_at(const void *row_of_logits, dtype type, int64_t start, int count, real *copy) {
+/* The block where it lies, if its numbers are those of the arithmetic and fill whole groups;
+ * else a copy. */
+static inline const real *block_at(const void *row_of_logits, dtype type, int64_t start, int count,
+                                   real *copy) {
   if (is_in_place(type, count)) return (const real *)row_of_logits + start;
   gather(row_of_logits, type, start, count, copy);
   return copy;
@@ -129,29 +141,31 @@ SPECIALISED void scatter_typed(const real *from, const dtype type, int count, ch
 static void scatter(const real *from, dtype type, int64_t start, int count, void *row_of_gradient) {
   char *to = (char *)row_of_gradient + start * dtype_bytes(type);
   switch (type) {
-    case dtype_f32: scatter_typed(from, dtype_f32, count, to); break;
-    case dtype_bf16: scatter_typed(from, dtype_bf16, count, to); break;
-    case dtype_f16: scatter_typed(from, dtype_f16, count, to); break;
-    case dtype_f64:
+  case dtype_f32: scatter_typed(from, dtype_f32, count, to); break;
+  case dtype_bf16: scatter_typed(from, dtype_bf16, count, to); break;
+  case dtype_f16: scatter_typed(from, dtype_f16, count, to); break;
+  case dtype_f64:
 #if OPDC_F64
-      scatter_typed(from, dtype_f64, count, to);
+    scatter_typed(from, dtype_f64, count, to);
 #endif
-      break;
+    break;
   }
 }
 
 static void fill(double x, dtype type, int64_t start, int64_t end, void *row_of_gradient) {
   if (x == 0)
-    memset((char *)row_of_gradient + start * dtype_bytes(type), 0, (size_t)((end - start) * dtype_bytes(type)));
+    memset((char *)row_of_gradient + start * dtype_bytes(type), 0,
+           (size_t)((end - start) * dtype_bytes(type)));
   else
     for (int64_t i = start; i < end; i++) store_element(row_of_gradient, type, i, x);
 }
 
-/* --- Masses ---------------------------------------------------------------------------------------------------------------- */
+/* --- Masses ----------------------------------------------------------------------------------- */
 
-/* The temperature as the kernels use it: one rounded 1/T everywhere, so that exponents and differences agree exactly. */
+/* The temperature as the kernels use it: one rounded 1/T everywhere, so that exponents and
+ * differences agree exactly. */
 typedef struct temperature {
-  real inverse; /* 1 / T */
+  real inverse;  /* 1 / T */
   real exponent; /* log2(e) / T */
 } temperature;
 
@@ -160,8 +174,8 @@ static inline temperature temperature_of(const row_call *call) {
   return (temperature){inverse, (real)(LOG2_E * (double)inverse)};
 }
 
-/* The block after the one at `start`, prefetched a line at a time while this one is worked on: asking for all of it at once would
- * stall the loads of this one. */
+/* The block after the one at `start`, prefetched a line at a time while this one is worked on:
+ * asking for all of it at once would stall the loads of this one. */
 typedef struct next_block {
   const char *address;
   int bytes; /* of an element */
@@ -174,14 +188,16 @@ SPECIALISED void prefetch(next_block ahead, int i, int part) {
   if (part == 0) __builtin_prefetch(ahead.address + i * ahead.bytes);
 }
 
-/* e[i] = exp((x[i] - maximum) / T). The first id at the maximum is kept out of the sums: its 1 would round the rest away. */
-SPECIALISED mass exponentials_typed(real *x, int64_t start, int count, real maximum, temperature T, next_block ahead,
-                                    real *e, const int with_moment) {
+/* e[i] = exp((x[i] - maximum) / T). The first id at the maximum is kept out of the sums: its 1
+ * would round the rest away. */
+SPECIALISED mass exponentials_typed(real *x, int64_t start, int count, real maximum, temperature T,
+                                    next_block ahead, real *e, const int with_moment) {
   const lane largest = lane_set(maximum);
   const exponent_base base = base_of(T.exponent);
   group rest = group_of(0), moment = group_of(0);
   int at = 0;
-  if (!(maximum > -(real)INFINITY) || maximum == (real)INFINITY) { /* no id at all; or NaN, +inf: a row without a loss */
+  if (!(maximum > -(real)INFINITY) ||
+      maximum == (real)INFINITY) { /* no id at all; or NaN, +inf: a row without a loss */
     const real nothing = maximum == -(real)INFINITY ? 0 : (real)NAN;
     for (int i = 0; i < padded(count); i++) e[i] = nothing;
     return (mass){(double)maximum, (double)nothing - 1, (double)nothing, 0};
@@ -190,7 +206,8 @@ SPECIALISED mass exponentials_typed(real *x, int64_t start, int count, real maxi
   while (x[at] != maximum) at++;
   x[at] = -(real)INFINITY;
   FOR_EACH_LANE(count) {
-    const lane below = bounded_exponent(lane_sub(lane_load(x + i), largest), base), exponential_of = exponential(below, base);
+    const lane below = bounded_exponent(lane_sub(lane_load(x + i), largest), base),
+               exponential_of = exponential(below, base);
     prefetch(ahead, i, part);
     group_add(&rest, part, exponential_of);
     if (with_moment) moment.part[part] = lane_fma(below, exponential_of, moment.part[part]);
@@ -199,12 +216,11 @@ SPECIALISED mass exponentials_typed(real *x, int64_t start, int count, real maxi
   x[at] = maximum;
   e[at] = 1;
   return (mass){(double)maximum, (double)group_sum(rest.part),
-                (double)group_sum(moment.part) * (double)T.inverse,
-                (double)(start + at)};
+                (double)group_sum(moment.part) * (double)T.inverse, (double)(start + at)};
 }
 
-static mass exponentials(const row_call *call, real *x, int64_t start, int count, real maximum, temperature T,
-                         next_block ahead, real *e) {
+static mass exponentials(const row_call *call, real *x, int64_t start, int count, real maximum,
+                         temperature T, next_block ahead, real *e) {
   return call->entropy ? exponentials_typed(x, start, count, maximum, T, ahead, e, 1)
                        : exponentials_typed(x, start, count, maximum, T, ahead, e, 0);
 }
@@ -229,7 +245,9 @@ static mass combine_masses(const mass *parts, int count, temperature T, real *we
     if (weights[i] != weights[i]) weights[i] = -(real)INFINITY; /* nothing but -inf */
   }
   for (int i = 0; i < count; i += LANES)
-    lane_store(weights + i, exponential(bounded_exponent(lane_load(weights + i), base_of(T.exponent)), base_of(T.exponent)));
+    lane_store(weights + i,
+               exponential(bounded_exponent(lane_load(weights + i), base_of(T.exponent)),
+                           base_of(T.exponent)));
   if (parts[at].maximum == -INFINITY) return whole;
   whole = parts[at];
   for (int i = 0; i < count; i++) {
@@ -242,15 +260,17 @@ static mass combine_masses(const mass *parts, int count, temperature T, real *we
   return whole;
 }
 
-/* --- Student against teacher ------------------------------------------------------------------------------------------------ */
+/* --- Student against teacher ------------------------------------------------------------------ */
 
-/* d = (x - y) / T - log_ratio. A large common difference of the logits is taken out first, as a multiple of 16, of those that are the
- * larger: they are on the coarser grid, so that it is exact. The constant is in two parts: at small d every digit counts. */
+/* d = (x - y) / T - log_ratio. A large common difference of the logits is taken out first, as a
+ * multiple of 16, of those that are the larger: they are on the coarser grid, so that it is
+ * exact. The constant is in two parts: at small d every digit counts. */
 typedef struct difference {
   real student_offset, teacher_offset, inverse, high, low;
 } difference;
 
-static inline difference difference_of(double student_maximum, double teacher_maximum, double log_ratio, temperature T) {
+static inline difference difference_of(double student_maximum, double teacher_maximum,
+                                       double log_ratio, temperature T) {
   const double apart = floor((student_maximum - teacher_maximum) / 16 + 0.5) * 16;
   const real offset = apart - apart == 0 ? (real)apart : 0;
   const double constant = log_ratio - (double)offset * (double)T.inverse;
@@ -260,18 +280,21 @@ static inline difference difference_of(double student_maximum, double teacher_ma
 }
 
 SPECIALISED lane log_ratio_of(lane x, lane y, difference at) {
-  const lane apart = lane_sub(lane_sub(x, lane_set(at.student_offset)), lane_sub(y, lane_set(at.teacher_offset)));
+  const lane apart =
+      lane_sub(lane_sub(x, lane_set(at.student_offset)), lane_sub(y, lane_set(at.teacher_offset)));
   return lane_add(lane_fma(apart, lane_set(at.inverse), lane_set(at.high)), lane_set(at.low));
 }
 
-/* The sums of kl_rule, from p in units of 1/Z, and the exact normaliser: if the log-ratio that d was formed with is off by e, then
- * sum (p - q) = 1 - exp(e) =: G, and the sums are corrected by Bregman terms in G, which is about a rounding. */
+/* The sums of kl_rule, from p in units of 1/Z, and the exact normaliser: if the log-ratio that d
+ * was formed with is off by e, then sum (p - q) = 1 - exp(e) =: G, and the sums are corrected by
+ * Bregman terms in G, which is about a rounding. */
 typedef struct kl_sums {
   group reverse, forward, excess;
 } kl_sums;
 
 /* What is not wanted is not computed either: the compiler drops it. */
-SPECIALISED void kl_add(kl_sums *sums, int part, kl_terms terms, const int reverse, const int forward) {
+SPECIALISED void kl_add(kl_sums *sums, int part, kl_terms terms, const int reverse,
+                        const int forward) {
   if (reverse) group_add(&sums->reverse, part, terms.reverse);
   if (forward) group_add(&sums->forward, part, terms.forward);
   group_add(&sums->excess, part, terms.excess);
@@ -288,7 +311,8 @@ static kl_result kl_finish(kl_sums sums, double total, double log_ratio) {
   return (kl_result){log_ratio - shift, reverse < 0 ? 0 : reverse, forward < 0 ? 0 : forward};
 }
 
-/* One model has no mass on the set, or a sum is NaN. Both without mass: a ratio that nobody weighs. */
+/* One model has no mass on the set, or a sum is NaN. Both without mass: a ratio that nobody weighs.
+ */
 static kl_result kl_one_sided(mass student, mass teacher) {
   const double student_total = 1 + student.rest, teacher_total = 1 + teacher.rest;
   if (student_total > 0 && teacher_total == 0) return (kl_result){INFINITY, INFINITY, 0};
@@ -301,20 +325,23 @@ static inline double log_ratio_of_masses(mass student, mass teacher, real ratio,
   return SCALAR(log)((double)ratio) + (student.maximum - teacher.maximum) * (double)T.inverse;
 }
 
-SPECIALISED kl_sums kl_block_typed(const real *x, const real *y, const real *p, const real *q, int count, difference at, real ratio,
-                                   const int masked, const int reverse, const int forward) {
+SPECIALISED kl_sums kl_block_typed(const real *x, const real *y, const real *p, const real *q,
+                                   int count, difference at, real ratio, const int masked,
+                                   const int reverse, const int forward) {
   kl_sums sums = {group_of(0), group_of(0), group_of(0)};
   FOR_EACH_LANE(count) {
     const lane d = log_ratio_of(lane_load(x + i), lane_load(y + i), at);
-    const kl_terms terms = kl_rule(lane_load(p + i), lane_mul(lane_load(q + i), lane_set(ratio)), d, masked);
+    const kl_terms terms =
+        kl_rule(lane_load(p + i), lane_mul(lane_load(q + i), lane_set(ratio)), d, masked);
     kl_add(&sums, part, terms, reverse, forward);
   }
   return sums;
 }
 
-static kl_sums kl_block(const row_call *call, const real *x, const real *y, const real *p, const real *q, int count,
-                        difference at, real ratio, int masked) {
-  if (masked || (call->reverse_kl && call->forward_kl)) return kl_block_typed(x, y, p, q, count, at, ratio, 1, 1, 1);
+static kl_sums kl_block(const row_call *call, const real *x, const real *y, const real *p,
+                        const real *q, int count, difference at, real ratio, int masked) {
+  if (masked || (call->reverse_kl && call->forward_kl))
+    return kl_block_typed(x, y, p, q, count, at, ratio, 1, 1, 1);
   if (call->reverse_kl) return kl_block_typed(x, y, p, q, count, at, ratio, 0, 1, 0);
   if (call->forward_kl) return kl_block_typed(x, y, p, q, count, at, ratio, 0, 0, 1);
   return kl_block_typed(x, y, p, q, count, at, ratio, 0, 0, 0);
@@ -342,7 +369,10 @@ static void combine_batch(batch *parts, temperature T) {
       if (i >= count) p[i] = q[i] = 0;
     }
     FOR_EACH_LANE(count)
-      kl_add(&sums, part, kl_rule(lane_load(p + i), lane_mul(lane_load(q + i), lane_set(ratio)), lane_load(d + i), 1), 1, 1);
+    kl_add(
+        &sums, part,
+        kl_rule(lane_load(p + i), lane_mul(lane_load(q + i), lane_set(ratio)), lane_load(d + i), 1),
+        1, 1);
     whole = kl_finish(sums, total, log_ratio);
     for (int i = 0; i < count; i++) {
       if (p[i] > 0) reverse += (double)p[i] / total * parts->reverse_kl[i];
@@ -382,8 +412,10 @@ static void measure_pair(const row_call *call, const row_input *input, row *out)
     const int count = block_length(start, call->vocabulary), index = parts.count;
     const extremes xs = gather(input->student, call->student_type, start, count, at.x);
     const extremes ys = gather(input->teacher, call->teacher_type, start, count, at.y);
-    const mass student = exponentials(call, at.x, start, count, xs.maximum, T, block_after(input->student, call->student_type, start), at.p);
-    const mass teacher = exponentials(call, at.y, start, count, ys.maximum, T, block_after(input->teacher, call->teacher_type, start), at.q);
+    const mass student = exponentials(call, at.x, start, count, xs.maximum, T,
+                                      block_after(input->student, call->student_type, start), at.p);
+    const mass teacher = exponentials(call, at.y, start, count, ys.maximum, T,
+                                      block_after(input->teacher, call->teacher_type, start), at.q);
     kl_result result;
     if (!call->log_ratio) {
       result = (kl_result){0, 0, 0};
@@ -425,7 +457,8 @@ static void measure_student(const row_call *call, const row_input *input, row *o
   for (int64_t start = 0; start < call->vocabulary; start += BLOCK) {
     const int count = block_length(start, call->vocabulary);
     const extremes xs = gather(input->student, call->student_type, start, count, x);
-    parts[index++] = exponentials(call, x, start, count, xs.maximum, T, block_after(input->student, call->student_type, start), e);
+    parts[index++] = exponentials(call, x, start, count, xs.maximum, T,
+                                  block_after(input->student, call->student_type, start), e);
     if (index == BATCH) {
       parts[0] = combine_masses(parts, index, T, weights);
       index = 1;
@@ -443,12 +476,13 @@ typedef struct row_constants {
 
 static inline row_constants constants_of(const row_call *call, const row *from, double log_ratio) {
   const temperature T = temperature_of(call);
-  return (row_constants){.student_maximum = lane_set((real)from->student.maximum),
-                         .teacher_maximum = lane_set((real)from->teacher.maximum),
-                         .student_inverse = lane_set((real)(1 / (1 + from->student.rest))),
-                         .teacher_inverse = lane_set((real)(1 / (1 + from->teacher.rest))),
-                         .base = base_of(T.exponent),
-                         .apart = difference_of(from->student.maximum, from->teacher.maximum, log_ratio, T)};
+  return (row_constants){
+      .student_maximum = lane_set((real)from->student.maximum),
+      .teacher_maximum = lane_set((real)from->teacher.maximum),
+      .student_inverse = lane_set((real)(1 / (1 + from->student.rest))),
+      .teacher_inverse = lane_set((real)(1 / (1 + from->teacher.rest))),
+      .base = base_of(T.exponent),
+      .apart = difference_of(from->student.maximum, from->teacher.maximum, log_ratio, T)};
 }
 
 SPECIALISED lane student_mass(lane x, const row_constants *at) {
@@ -456,11 +490,13 @@ SPECIALISED lane student_mass(lane x, const row_constants *at) {
   return lane_mul(exponential(below, at->base), at->student_inverse);
 }
 
-/* p and q through the larger of them and their ratio: no cancellation in p - q, and no overflow in p / q. */
+/* p and q through the larger of them and their ratio: no cancellation in p - q, and no overflow
+ * in p / q. */
 SPECIALISED pair_of_masses pair_at(lane x, lane y, const row_constants *at) {
   const lane d = log_ratio_of(x, y, at->apart);
   const lane_mask teacher_higher = lane_less(d, lane_set(0));
-  const lane below = lane_select(teacher_higher, lane_sub(y, at->teacher_maximum), lane_sub(x, at->student_maximum));
+  const lane below = lane_select(teacher_higher, lane_sub(y, at->teacher_maximum),
+                                 lane_sub(x, at->student_maximum));
   const lane inverse = lane_select(teacher_higher, at->teacher_inverse, at->student_inverse);
   pair_of_masses pair;
   pair.high = lane_mul(exponential(bounded_exponent(below, at->base), at->base), inverse);
@@ -476,9 +512,11 @@ SPECIALISED lane excess_of(pair_of_masses pair) {
   return lane_keep(lane_less(lane_set(0), pair.high), lane_mul(pair.high, apart));
 }
 
-/* Value and mean derivative of a mixture divergence, into the row, and the derivatives if there is room for them. */
-SPECIALISED void mixture_pass(const row_call *call, const row_input *input, row *out, real *derivatives,
-                              const element_rule rule, double log_ratio, const int certain, mixture_reference reference) {
+/* Value and mean derivative of a mixture divergence, into the row, and the derivatives if there
+ * is room for them. */
+SPECIALISED void mixture_pass(const row_call *call, const row_input *input, row *out,
+                              real *derivatives, const element_rule rule, double log_ratio,
+                              const int certain, mixture_reference reference) {
   const row_constants constants = constants_of(call, out, log_ratio);
   const real weight = (real)call->mixture;
   double value = 0, mean = 0, excess = 0;
@@ -497,7 +535,8 @@ SPECIALISED void mixture_pass(const row_call *call, const row_input *input, row 
     const next_block ahead_of_teacher = block_after(input->teacher, call->teacher_type, start);
     real *u = derivatives ? derivatives + start : at.p;
     group values = group_of(0), means = group_of(0), excesses = group_of(0);
-    /* In two loops: one would be a chain of dependent operations too long for the processor to overlap two of them. */
+    /* In two loops: one would be a chain of dependent operations too long for the processor to
+     * overlap two of them. */
     FOR_EACH_LANE(count) {
       const lane left = lane_load(x + i), right = lane_load(y + i);
       const pair_of_masses pair = pair_at(left, right, &constants);
@@ -533,33 +572,38 @@ SPECIALISED void mixture_pass(const row_call *call, const row_input *input, row 
   out->mean = mean;
 }
 
-static void measure_mixture(const row_call *call, const row_input *input, row *out, real *derivatives) {
+static void measure_mixture(const row_call *call, const row_input *input, row *out,
+                            real *derivatives) {
   const temperature T = temperature_of(call);
   const real ratio = (real)((1 + out->student.rest) / (1 + out->teacher.rest));
-  const double log_ratio = log_ratio_of_masses(out->student, out->teacher, ratio, T), weight = call->mixture;
+  const double log_ratio = log_ratio_of_masses(out->student, out->teacher, ratio, T),
+               weight = call->mixture;
   const int64_t top = (int64_t)out->student.index;
   const double apart = out->student.maximum - load_element(input->teacher, call->teacher_type, top);
-  const double top_ratio = SCALAR(exp)(log_ratio - apart * (double)T.inverse), mixture = 1 - weight + weight * top_ratio;
+  const double top_ratio = SCALAR(exp)(log_ratio - apart * (double)T.inverse),
+               mixture = 1 - weight + weight * top_ratio;
   const int certain = top_ratio < 0.5;
-  const mixture_reference reference = certain ? (mixture_reference){(real)top_ratio, (real)SCALAR(log)(mixture), (real)(1 / mixture)}
-                                              : (mixture_reference){1, 0, 1};
-#define PASS(rule)                                                                                                     \
-  case rule:                                                                                                           \
-    if (certain)                                                                                                       \
-      mixture_pass(call, input, out, derivatives, rule, log_ratio, 1, reference);                                      \
-    else                                                                                                               \
-      mixture_pass(call, input, out, derivatives, rule, log_ratio, 0, reference);                                      \
-    break
+  const mixture_reference reference =
+      certain
+          ? (mixture_reference){(real)top_ratio, (real)SCALAR(log)(mixture), (real)(1 / mixture)}
+          : (mixture_reference){1, 0, 1};
+#define PASS(rule)                                                                                 \
+case rule:                                                                                         \
+  if (certain)                                                                                     \
+    mixture_pass(call, input, out, derivatives, rule, log_ratio, 1, reference);                    \
+  else                                                                                             \
+    mixture_pass(call, input, out, derivatives, rule, log_ratio, 0, reference);                    \
+  break
   switch (call->element) {
     PASS(element_jsd);
     PASS(element_skew_forward);
     PASS(element_skew_reverse);
-    default: break;
+  default: break;
   }
 #undef PASS
 }
 
-/* --- The kernels of an instruction set ----------------------------------------------------------------------------------------- */
+/* --- The kernels of an instruction set -------------------------------------------------------- */
 
 static void measure(const row_call *call, const row_input *input, row *out, void *derivatives) {
   const double inverse = (double)temperature_of(call).inverse;
@@ -569,12 +613,14 @@ static void measure(const row_call *call, const row_input *input, row *out, void
     measure_pair(call, input, out);
   else
     measure_student(call, input, out);
-  if (1 + out->student.rest == 0) out->student.rest = NAN; /* no id that exists: a row without a loss */
+  if (1 + out->student.rest == 0)
+    out->student.rest = NAN; /* no id that exists: a row without a loss */
   if (input->teacher && 1 + out->teacher.rest == 0) out->teacher.rest = NAN;
 
   if (call->element == element_reverse_kl) out->divergence = out->mean = out->reverse_kl;
   if (call->element == element_forward_kl) out->divergence = out->forward_kl;
-  if (out->student.rest != out->student.rest || (input->teacher && out->teacher.rest != out->teacher.rest))
+  if (out->student.rest != out->student.rest ||
+      (input->teacher && out->teacher.rest != out->teacher.rest))
     out->divergence = NAN;
   else if (needs_derivatives(call->element))
     measure_mixture(call, input, out, derivatives);
@@ -582,8 +628,10 @@ static void measure(const row_call *call, const row_input *input, row *out, void
   if (input->token >= 0) {
     const double z = load_element(input->student, call->student_type, input->token);
     const double log_total = SCALAR(log1p)(out->student.rest), total = 1 + out->student.rest;
-    out->token_logprob = z == out->student.maximum ? -log_total : (z - out->student.maximum) * inverse - log_total;
-    out->token_rest = z == out->student.maximum ? out->student.rest / total : 1 - SCALAR(exp)(out->token_logprob);
+    out->token_logprob =
+        z == out->student.maximum ? -log_total : (z - out->student.maximum) * inverse - log_total;
+    out->token_rest =
+        z == out->student.maximum ? out->student.rest / total : 1 - SCALAR(exp)(out->token_logprob);
     if (input->teacher) {
       const double t = load_element(input->teacher, call->teacher_type, input->token);
       out->token_log_ratio = out->log_ratio - (z - t) * inverse;
@@ -594,15 +642,18 @@ static void measure(const row_call *call, const row_input *input, row *out, void
   }
 }
 
-static void derive(const row_call *call, const row_input *input, const row *from, void *derivatives) {
+static void derive(const row_call *call, const row_input *input, const row *from,
+                   void *derivatives) {
   row again = *from;
   if (is_finite(from->loss)) measure_mixture(call, input, &again, derivatives);
 }
 
-/* The gradient of one lane: scaled (u - p mean), with what each element rule has for it, minus token p: `scaled` is a factor / T,
- * `token` b factor / T. `constant` is -mean, or what else the rule adds to each id. */
-SPECIALISED lane gradient_rule(const element_rule rule, const int with_token, lane x, lane y, lane derivative,
-                               const row_constants *at, lane scaled, lane constant, lane token) {
+/* The gradient of one lane: scaled (u - p mean), with what each element rule has for it, minus
+ * token p: `scaled` is a factor / T, `token` b factor / T. `constant` is -mean, or what else the
+ * rule adds to each id. */
+SPECIALISED lane gradient_rule(const element_rule rule, const int with_token, lane x, lane y,
+                               lane derivative, const row_constants *at, lane scaled, lane constant,
+                               lane token) {
   const lane zero = lane_set(0);
   lane p, shape;
   if (rule == element_none) return lane_mul(lane_sub(zero, token), student_mass(x, at));
@@ -611,7 +662,8 @@ SPECIALISED lane gradient_rule(const element_rule rule, const int with_token, la
     shape = excess_of(pair);
     p = lane_keep(lane_less(zero, pair.high),
                   lane_select(pair.teacher_higher, lane_mul(pair.high, pair.ratio), pair.high));
-  } else if (rule == element_reverse_kl) { /* p (d - RKL), with -RKL in the constants of d; 0 where p is */
+  } else if (rule ==
+             element_reverse_kl) { /* p (d - RKL), with -RKL in the constants of d; 0 where p is */
     p = student_mass(x, at);
     shape = lane_keep(lane_less(zero, p), lane_mul(p, log_ratio_of(x, y, at->apart)));
   } else if (rule == element_entropy) { /* -p (s + H); log Z cancels in s + H */
@@ -626,24 +678,29 @@ SPECIALISED lane gradient_rule(const element_rule rule, const int with_token, la
   return lane_fma(scaled, shape, lane_mul(lane_sub(zero, token), p));
 }
 
-SPECIALISED void gradient_pass(const row_call *call, const row_input *input, const row *from, double factor,
-                               const real *derivatives, void *to, const element_rule rule, const int with_token) {
-  const double per_logit = factor * (double)temperature_of(call).inverse, token_part = from->token_coefficient * per_logit;
+SPECIALISED void gradient_pass(const row_call *call, const row_input *input, const row *from,
+                               double factor, const real *derivatives, void *to,
+                               const element_rule rule, const int with_token) {
+  const double per_logit = factor * (double)temperature_of(call).inverse,
+               token_part = from->token_coefficient * per_logit;
   const int with_teacher = rule == element_reverse_kl || rule == element_forward_kl;
   const int with_derivatives = needs_derivatives(rule);
   const double moment = from->student.moment / (1 + from->student.rest);
   const lane constant = lane_set((real)(rule == element_entropy ? moment : -from->mean));
-  const lane scaled = lane_set((real)(from->divergence_coefficient * per_logit)), token = lane_set((real)token_part);
-  const row_constants constants =
-      constants_of(call, from, rule == element_reverse_kl ? from->log_ratio + from->mean : from->log_ratio);
-  /* A gradient row sums to 0. Where one id has most of the mass, its element is a small difference of large numbers, and is better
-   * had as the negative sum of all the others. */
-  const int64_t dominant = rule != element_none && from->student.rest < 1 ? (int64_t)from->student.index : -1;
+  const lane scaled = lane_set((real)(from->divergence_coefficient * per_logit)),
+             token = lane_set((real)token_part);
+  const row_constants constants = constants_of(
+      call, from, rule == element_reverse_kl ? from->log_ratio + from->mean : from->log_ratio);
+  /* A gradient row sums to 0. Where one id has most of the mass, its element is a small
+   * difference of large numbers, and is better had as the negative sum of all the others. */
+  const int64_t dominant =
+      rule != element_none && from->student.rest < 1 ? (int64_t)from->student.index : -1;
   double others = 0;
   block at;
   for (int64_t start = 0; start < call->vocabulary; start += BLOCK) {
     const int count = block_length(start, call->vocabulary);
-    const real *x = block_at(input->student, call->student_type, start, count, at.x), *y = x, *u = x;
+    const real *x = block_at(input->student, call->student_type, start, count, at.x), *y = x,
+               *u = x;
     const next_block ahead = block_after(input->student, call->student_type, start);
     real *out = is_in_place(call->student_type, count) ? (real *)to + start : at.p;
     group sum = group_of(0);
@@ -653,16 +710,17 @@ SPECIALISED void gradient_pass(const row_call *call, const row_input *input, con
     if (with_teacher) y = block_at(input->teacher, call->teacher_type, start, count, at.y);
     if (with_derivatives) u = derivatives + start;
     if (has_token) /* before the logits are overwritten */
-      without = gradient_rule(rule, with_token, lane_set(x[place]), lane_set(y[place]), lane_set(u[place]), &constants, scaled,
-                              constant, lane_set(0));
+      without = gradient_rule(rule, with_token, lane_set(x[place]), lane_set(y[place]),
+                              lane_set(u[place]), &constants, scaled, constant, lane_set(0));
     FOR_EACH_LANE(count) {
-      const lane g = gradient_rule(rule, with_token, lane_load(x + i), lane_load(y + i), lane_load(u + i), &constants, scaled,
-                                   constant, token);
+      const lane g = gradient_rule(rule, with_token, lane_load(x + i), lane_load(y + i),
+                                   lane_load(u + i), &constants, scaled, constant, token);
       prefetch(ahead, i, part);
       if (rule != element_none) group_add(&sum, part, g);
       lane_store(out + i, g);
     }
-    if (has_token) /* b (1 - p_y), from 1 - p_y itself: p_y is too near to 1 to be subtracted from it */
+    if (has_token) /* b (1 - p_y), from 1 - p_y itself: p_y is too near to 1 to be subtracted from
+                      it */
       out[place] = (real)((double)lane_maximum(without) + token_part * from->token_rest);
     if (dominant >= start && dominant < start + count) {
       out[dominant - start] = 0;
@@ -675,20 +733,20 @@ SPECIALISED void gradient_pass(const row_call *call, const row_input *input, con
   if (dominant >= 0) store_element(to, call->student_type, dominant, (double)(real)-others);
 }
 
-static void gradient(const row_call *call, const row_input *input, const row *from, double factor, const void *derivatives,
-                     void *to) {
+static void gradient(const row_call *call, const row_input *input, const row *from, double factor,
+                     const void *derivatives, void *to) {
   if (!is_finite(from->loss)) {
     fill(NAN, call->student_type, 0, call->vocabulary, to);
   } else {
     switch (call->element) {
-#define PASS(rule, with_token)                                                                                         \
-  case rule: gradient_pass(call, input, from, factor, derivatives, to, rule, with_token); break
+#define PASS(rule, with_token)                                                                     \
+case rule: gradient_pass(call, input, from, factor, derivatives, to, rule, with_token); break
       PASS(element_none, 1);
       PASS(element_reverse_kl, 0);
       PASS(element_forward_kl, 0);
       PASS(element_entropy, 0);
-      case element_jsd:
-      case element_skew_forward: /* the same shape, u - p mean, for all that have derivatives */
+    case element_jsd:
+    case element_skew_forward: /* the same shape, u - p mean, for all that have derivatives */
       PASS(element_skew_reverse, 0);
 #undef PASS
     }

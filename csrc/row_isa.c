@@ -1,4 +1,5 @@
-/* The row kernels of one instruction set and one arithmetic. Compiled once for each of them, with the flags of the instruction set and
+/* The row kernels of one instruction set and one arithmetic. Compiled once for each of them, with
+ * the flags of the instruction set and
  *   OPDC_ISA   generic, avx2, avx512 or neon
  *   OPDC_F64   1: double, one at a time; 0: float, sixteen at a time
  * The names that leave this file end in the instruction set's, so that no linker can mix them up.
@@ -23,26 +24,28 @@ double SCALAR(bregman)(double d);
 double KERNEL(advantage)(const row_call *call, const row_input *input, const row *at);
 void KERNEL(settle)(const row_call *call, const row_input *input, row *at);
 
-/* Inlined always, so that every dtype and rule it is called with makes a loop of its own, without branches. */
+/* Inlined always, so that every dtype and rule it is called with makes a loop of its own,
+ * without branches. */
 #define SPECIALISED static inline __attribute__((always_inline))
 
 #if OPDC_F64
 typedef double real;
-#include "lane_double.h"
+#  include "lane_double.h"
 #else
 typedef float real;
-#define LANE_generic "lane_generic.h"
-#define LANE_avx2 "lane_avx2.h"
-#define LANE_avx512 "lane_avx512.h"
-#define LANE_neon "lane_neon.h"
-#include JOIN(LANE, OPDC_ISA)
+#  define LANE_generic "lane_generic.h"
+#  define LANE_avx2 "lane_avx2.h"
+#  define LANE_avx512 "lane_avx512.h"
+#  define LANE_neon "lane_neon.h"
+#  include JOIN(LANE, OPDC_ISA)
 #endif
 
+/* Each builds on the one before: blank lines keep the formatter from sorting them. */
 #include "vmath.h"
-/* clang-format off: each builds on the one before */
+
 #include "rules.h"
+
 #include "row.h"
-/* clang-format on */
 
 #if OPDC_F64
 
@@ -60,7 +63,8 @@ double SCALAR(expm1)(double x) { return fabs(x) < 0.5 ? bregman(-x) + x : SCALAR
 
 double SCALAR(log)(double x) {
   double scale, exponent, f;
-  if (x < 0x1p-1000) return x > 0 ? SCALAR(log)(x * 0x1p200) - 200 / LOG2_E : x == 0 ? -INFINITY : NAN;
+  if (x < 0x1p-1000)
+    return x > 0 ? SCALAR(log)(x * 0x1p200) - 200 / LOG2_E : x == 0 ? -INFINITY : NAN;
   if (!(x < INFINITY)) return x;
   exponent = lane_exponent(x, &scale);
   f = x * scale - 1;
@@ -76,14 +80,18 @@ double SCALAR(log1p)(double v) {
 double KERNEL(advantage)(const row_call *call, const row_input *input, const row *at) {
   return advantage_rule(call, input, at);
 }
-void KERNEL(settle)(const row_call *call, const row_input *input, row *at) { token_rule_of(call, input, at); }
+void KERNEL(settle)(const row_call *call, const row_input *input, row *at) {
+  token_rule_of(call, input, at);
+}
 
 #endif
 
 #if OPDC_F64
 const row_kernels JOIN(row_kernels_f64, OPDC_ISA);
-const row_kernels JOIN(row_kernels_f64, OPDC_ISA) = {measure, KERNEL(settle), derive, gradient, scale};
+const row_kernels JOIN(row_kernels_f64, OPDC_ISA) = {measure, KERNEL(settle), derive, gradient,
+                                                     scale};
 #else
 const row_kernels JOIN(row_kernels_f32, OPDC_ISA);
-const row_kernels JOIN(row_kernels_f32, OPDC_ISA) = {measure, KERNEL(settle), derive, gradient, scale};
+const row_kernels JOIN(row_kernels_f32, OPDC_ISA) = {measure, KERNEL(settle), derive, gradient,
+                                                     scale};
 #endif

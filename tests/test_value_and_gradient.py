@@ -8,6 +8,7 @@ import torch
 
 import opdc
 from judge import (
+    ORACLE_NOISE,
     check,
     eager_answer,
     exact,
@@ -58,7 +59,7 @@ FINITE = [(case, regime) for case in CASES for regime in REGIMES if case.is_fini
 
 def saturation_floor(regime: Regime) -> float:
     """A saturated row has a true gradient of 1e-80; what cancels has the size of the logits."""
-    return 4 * torch.finfo(torch.float32).eps * regime.gap
+    return ORACLE_NOISE + 4 * torch.finfo(torch.float32).eps * regime.gap
 
 
 def judge_case(case, regime, inputs, **common):

@@ -39,8 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_arguments(subparser)
             subparser.set_defaults(run=command.run)
     arguments = parser.parse_args(words)
-    status: int = arguments.run(arguments)
-    return status
+    try:
+        return int(arguments.run(arguments))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130  # as a shell reports Ctrl-C
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def _seconds(text: str) -> float:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    def add(flag: str, metavar: str, help: str, **options: Any) -> None:  # noqa: A002
+    def add(flag: str, metavar: str, help: str, **options: Any) -> None:
         parser.add_argument(flag, metavar=metavar, help=help, **options)
 
     names = ", ".join(FUNCTIONS)
@@ -143,7 +143,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     return plan
 
 
-def measure(plan: Plan, console: Console) -> dict[str, Any]:
+def carry_out(plan: Plan, console: Console) -> dict[str, Any]:
     """Run the plan under a progress bar; Ctrl-C ends it with what was reached."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -189,14 +189,14 @@ def run(arguments: argparse.Namespace) -> int:
     readme: Path | None = arguments.update_readme
     try:
         if readme is not None:
-            report.replace_between_markers(readme.read_text(), "")
+            report.replace_between_markers(readme.read_text(), "")  # has it the markers?
         for path in (arguments.plot, arguments.json and Path(arguments.json)):
             if path is not None and not path.parent.is_dir():
                 raise FileNotFoundError(f"no folder {path.parent}")
         if arguments.report is None:
             plan = plan_of(arguments)
             arguments.output.mkdir(parents=True, exist_ok=True)
-            result = measure(plan, Console(stderr=True))
+            result = carry_out(plan, Console(stderr=True))
         else:
             result = load(arguments.report)
     except (OSError, ValueError) as error:

@@ -162,11 +162,11 @@ class _FromBuffer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(_: Any, anchor: Tensor, buffer: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(_: Any, anchor: Tensor, buffer: Tensor) -> Tensor:
         return buffer.data  # not a view, which autograd would watch for in-place changes
 
     @staticmethod
-    def backward(_: Any, *gradients: Tensor) -> tuple[None, None]:  # noqa: ARG004
+    def backward(_: Any, *gradients: Tensor) -> tuple[None, None]:
         return None, None
 
 
@@ -196,7 +196,8 @@ def loss_and_gradient(
         if inplace:
             inputs.scratch.copy_(inputs.student)
             anchor = torch.zeros((), requires_grad=True)
-            students.extend(_FromBuffer.apply(anchor, part.scratch) for part in parts)
+            for part in parts:
+                students.append(_FromBuffer.apply(anchor, part.scratch))  # type: ignore[no-untyped-call]
         else:
             students.extend(part.student.detach().requires_grad_() for part in parts)
 

@@ -1,0 +1,186 @@
+"""python -m opdc info | bench, and the command line that they share with the demo."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import opdc
+from opdc.__main__ import COMMANDS, main
+from opdc.bench import report
+from opdc.bench.contenders import FUNCTIONS, Contender, loss_and_gradient, make_inputs
+from opdc.bench.measure import CHECKED_ROWS, interleave
+
+TINY = ["bench", "--rows", "3", "--vocabulary", "1000", "--repeats", "2", "--threads", "1"]
+
+
+def failure(capsys, *words):
+    """What a call that has to fail says: one line, and exit status 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(words))
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def run_without(module, *words):
+    """A fresh process where a module cannot be imported."""
+    code = f"import sys; sys.modules[{module!r}] = None; from opdc.__main__ import main; "
+    code += f"sys.exit(main({list(words)!r}))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_the_module_runs_as_a_program():
+    done = subprocess.run(
+        [sys.executable, "-m", "opdc", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"opdc {opdc.info.version('opdc')}\n"
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(([command] if command else []) + ["--help"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: ")
+
+
+def test_info_tells_what_runs(capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for fact in (torch.__version__, opdc._C.instruction_set(), "OpenMP runtime", "DLPack"):
+        assert fact in text
+
+
+def test_info_as_json(capsys):
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["instruction_set"] in facts["instruction_sets"]
+    assert facts["threads"] == torch.get_num_threads()
+    assert facts["dlpack"].count(".") == 1
+    if sys.platform == "linux":
+        assert len(facts["openmp"]) == 1, "two OpenMP runtimes slow each other down"
+
+
+def test_info_needs_neither_rich_nor_matplotlib():
+    done = run_without("rich", "info")
+    assert done.returncode == 0, done.stderr
+
+
+def test_bench_says_what_to_install():
+    done = run_without("matplotlib", *TINY)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "matplotlib" in done.stderr
+    assert "pip install '.[bench]'" in done.stderr
+
+
+def test_bench_measures_every_function(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(opdc.bench.measure, "OVERHEAD_CALLS", 20)
+    folder = tmp_path / "results"
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    words = ["--contenders", "eager,opdc", "--json", "--output", str(folder)]
+    assert main([*TINY, *words, "--update-readme", str(readme)]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert "reverse KL" in captured.err
+    assert result["complete"]
+    assert {(case["function"], case["dtype"]) for case in result["cases"]} == {
+        (function, dtype) for function in FUNCTIONS for dtype in ("float32", "bfloat16")
+    }
+    for case in result["cases"]:
+        contenders = {"eager", "opdc"}
+        if FUNCTIONS[case["function"]].inplace:
+            contenders.add("opdc_inplace")
+        assert contenders == case["streams"].keys() == case["gradient_error"].keys()
+        bound = 1e-2 if case["dtype"] == "bfloat16" else 1e-4
+        assert max(case["gradient_error"].values()) < bound, case["function"]
+        for figures in case["microseconds"].values():
+            assert 0 < figures["low"] <= figures["median"] <= figures["high"]
+    assert all(record["opdc"] > 0 for record in result["overhead"])
+    assert (folder / "bench.png").stat().st_size > 10_000
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "| K1, teacher log-probs | bfloat16 |" in text
+
+
+def test_bench_shows_an_old_result(capsys, tmp_path):
+    words = ["--contenders", "opdc", "--functions", "k1,entropy", "--dtypes", "float32"]
+    saved, plot = tmp_path / "result.json", tmp_path / "plot.png"
+    assert main([*TINY, *words, "--json", str(saved), "--output", str(tmp_path)]) == 0
+    first = capsys.readouterr().out
+    assert main(["bench", "--report", str(saved), "--plot", str(plot)]) == 0
+    again = capsys.readouterr().out
+    assert first.split("written:")[0] == again.split("written:")[0]
+    assert plot.exists()
+
+
+def test_bench_leaves_out_what_the_budget_forbids(capsys, tmp_path):
+    words = ["--functions", "reverse_kl", "--dtypes", "float32", "--budget", "1e-9", "--json"]
+    assert main([*TINY, *words, "--output", str(tmp_path)]) == 0
+    (case,) = json.loads(capsys.readouterr().out)["cases"]
+    assert case["streams"].keys() == {"opdc", "opdc_inplace"}
+    assert [note.split()[0] for note in case["notes"]] == ["eager", "compile"]
+
+
+def test_bench_cuts_what_does_not_fit_into_pieces():
+    inputs = make_inputs(6, 100)
+    function = FUNCTIONS["jsd"]
+    whole = loss_and_gradient(function.textbook, function, inputs)
+    pieces = loss_and_gradient(function.textbook, function, inputs, pieces=3)
+    whole.prepare()
+    pieces.prepare()
+    torch.testing.assert_close(whole.run()[:CHECKED_ROWS], pieces.run())
+
+
+def test_contenders_take_turns():
+    calls = []
+    contenders = {name: Contender(lambda name=name: calls.append(name)) for name in ("a", "b")}
+    samples = interleave(contenders, repeats=4, share=1.0, inspect=lambda *_: None)
+    assert "".join(calls) == "ab" * 5
+    assert [len(values) for values in samples.values()] == [4, 4]
+
+
+def test_interrupted_bench_keeps_what_it_has(capsys, monkeypatch, tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(opdc.bench.measure.Benchmark, "overhead", interrupt)
+    words = ["--contenders", "opdc", "--functions", "k1", "--dtypes", "float32", "--json"]
+    assert main([*TINY, *words, "--output", str(tmp_path)]) == 130
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert not result["complete"]
+    assert len(result["cases"]) == 1
+    assert "stopped" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], "command"),
+        (["train"], "train"),
+        (["info", "--jsn"], "--jsn"),
+        (["bench", "--rows", "256,many"], "'many'"),
+        (["bench", "--rows", "0"], "'0'"),
+        (["bench", "--functions", "reverse_kl,kl"], "'kl'"),
+        (["bench", "--dtypes", "int8"], "'int8'"),
+        (["bench", "--threads", "100000"], "100000 threads"),
+        (["bench", "--rows", "1000000000"], "GiB"),
+        (["bench", "--budget", "nan"], "'nan'"),
+        (["bench", "--report", "no/such/file.json"], "no/such/file.json"),
+        (["bench", "--plot", "no/such/folder/plot.png"], "no/such/folder"),
+        (["bench", "--update-readme", __file__], "benchmark:begin"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(words, named, capsys):
+    assert named in failure(capsys, *words)
