@@ -518,7 +518,7 @@ SPECIALISED void mixture_pass(const row_call *call, const row_input *input, row 
                               real *derivatives, const element_rule rule, double log_ratio,
                               const int certain, mixture_reference reference) {
   const row_constants constants = constants_of(call, out, log_ratio);
-  const real weight = (real)call->mixture;
+  const mixture_weights weights = {(real)call->mixture, (real)(1 - call->mixture)};
   double value = 0, mean = 0, excess = 0;
   block at;
   struct {
@@ -557,7 +557,7 @@ SPECIALISED void mixture_pass(const row_call *call, const row_input *input, row 
                                    .teacher_higher = lane_less(d, lane_set(0))};
       const lane_mask exists = lane_less(lane_set(0), pair.high);
       lane derivative;
-      const lane term = mixture_rule(rule, pair, weight, certain, reference, &derivative);
+      const lane term = mixture_rule(rule, pair, weights, certain, reference, &derivative);
       derivative = lane_keep(exists, lane_mul(pair.high, derivative));
       group_add(&values, part, lane_keep(exists, lane_mul(pair.high, term)));
       group_add(&means, part, derivative);

@@ -109,16 +109,24 @@ typedef struct mixture_reference {
   real ratio, log_mixture, inverse_mixture; /* x*, log m*, 1 / m* */
 } mixture_reference;
 
+/* w and 1 - w, each rounded once: near 1 the one does not give the other. */
+typedef struct mixture_weights {
+  real teacher, student;
+} mixture_weights;
+
 /* The value and u = d value / d s, both divided by h. */
-SPECIALISED lane mixture_rule(const element_rule rule, pair_of_masses at, real weight,
+SPECIALISED lane mixture_rule(const element_rule rule, pair_of_masses at, mixture_weights weights,
                               const int certain, mixture_reference reference, lane *derivative) {
+  const real teacher = weights.teacher, student = weights.student; /* w, 1 - w */
   const lane zero = lane_set(0), one = lane_set(1);
-  const lane lower_weight = lane_select(at.teacher_higher, lane_set(1 - weight), lane_set(weight));
-  const lane lowered = lane_mul(lower_weight, at.gap); /* o v = mu / h - 1 */
+  const lane lower_weight = lane_select(at.teacher_higher, lane_set(student), lane_set(teacher));
+  const lane higher_weight =
+      lane_select(at.teacher_higher, lane_set(teacher), lane_set(student)); /* 1 - o */
+  const lane lowered = lane_mul(lower_weight, at.gap);                      /* o v = mu / h - 1 */
   const lane_mask near = lane_less(at.distance, lane_set((real)0.5));
   lane remainder, to_mixture; /* k(o v); log(h / mu), relative to the reference */
   if (certain) {
-    const lane relative = lane_mul(lane_set(weight * reference.inverse_mixture),
+    const lane relative = lane_mul(lane_set(teacher * reference.inverse_mixture),
                                    lane_sub(at.ratio, lane_set(reference.ratio)));
     const lane argument = lane_select(at.teacher_higher, lowered, relative);
     const lane logarithm = lane_sub(argument, log1p_remainder(argument));
@@ -135,15 +143,15 @@ SPECIALISED lane mixture_rule(const element_rule rule, pair_of_masses at, real w
       near, lane_mul(at.ratio, bregman(at.distance)),
       lane_keep(lane_less(zero, at.ratio), lane_mul(at.ratio, lane_add(at.gap, at.distance))));
   const lane of_high = remainder;
-  const lane of_low = lane_fma(lane_mul(lane_sub(one, lower_weight), at.gap), at.gap,
+  const lane of_low = lane_fma(lane_mul(higher_weight, at.gap), at.gap,
                                lane_sub(lane_mul(at.ratio, remainder), own));
   /* p log(p / mu) / h: log(l / mu) = log(h / mu) - a */
   const lane drop = lane_keep(lane_less(zero, at.ratio), lane_mul(at.ratio, at.distance));
   const lane student_log =
       lane_select(at.teacher_higher, lane_sub(lane_mul(at.ratio, to_mixture), drop), to_mixture);
   if (rule == element_jsd) { /* u = (1 - w) p log(p / mu) */
-    *derivative = lane_mul(lane_set(1 - weight), student_log);
-    return lane_fma(lower_weight, of_low, lane_mul(lane_sub(one, lower_weight), of_high));
+    *derivative = lane_mul(lane_set(student), student_log);
+    return lane_fma(lower_weight, of_low, lane_mul(higher_weight, of_high));
   }
   /* p (x - x*) / m, divided by h */
   const lane of_low_ratio = certain ? lane_sub(one, lane_mul(lane_set(reference.ratio), at.ratio))
@@ -153,13 +161,12 @@ SPECIALISED lane mixture_rule(const element_rule rule, pair_of_masses at, real w
       lane_select(at.teacher_higher, lane_mul(at.ratio, of_low_ratio), of_high_ratio);
   const lane surplus = lane_div(apart, lane_add(one, lowered));
   if (rule == element_skew_forward) { /* u = -(1 - w) p q / mu */
-    *derivative =
-        lane_mul(lane_set(-(1 - weight) * (1 - weight) * reference.inverse_mixture), surplus);
+    *derivative = lane_mul(lane_set(-student * student * reference.inverse_mixture), surplus);
     return lane_select(at.teacher_higher, of_high, of_low);
   }
   /* u = p (log(p / mu) - (1 - w) p / mu) */
   *derivative =
-      lane_fma(lane_set(weight * (1 - weight) * reference.inverse_mixture), surplus, student_log);
+      lane_fma(lane_set(teacher * student * reference.inverse_mixture), surplus, student_log);
   return lane_select(at.teacher_higher, of_low, of_high);
 }
 

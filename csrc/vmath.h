@@ -36,9 +36,12 @@ static const real log_terms[] = {0x1.555556p-1f, 0x1.9999ecp-2f, 0x1.245c32p-2f,
 #define LN_2_LOW 0x1.ef35793c7673p-45
 #define TERMS(array) array, (int)(sizeof(array) / sizeof(array)[0])
 
+/* An even number of terms, in pairs: half as deep a chain of dependent operations as one by one. */
 SPECIALISED lane polynomial(lane x, const real *terms, int count) {
-  lane sum = lane_set(terms[count - 1]);
-  for (int i = count - 2; i >= 0; i--) sum = lane_fma(sum, x, lane_set(terms[i]));
+  const lane square = lane_mul(x, x);
+  lane sum = lane_fma(lane_set(terms[count - 1]), x, lane_set(terms[count - 2]));
+  for (int i = count - 4; i >= 0; i -= 2)
+    sum = lane_fma(sum, square, lane_fma(lane_set(terms[i + 1]), x, lane_set(terms[i])));
   return sum;
 }
 

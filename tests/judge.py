@@ -17,7 +17,7 @@ from regimes import STATISTICS, Case, Inputs
 FP32_BOUND = 2e-6
 FP64_BOUND = 1e-12
 # u − pΣu of the float64 oracle is itself known to this much, where the loss is of order 1.
-ORACLE_NOISE = 1e-15
+ORACLE_NOISE = 1e-14
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -182,6 +182,20 @@ def conditioning(case: Case, inputs: Inputs, temperature: float = 1.0, **common)
     return Allowance(total, total)
 
 
+def mixture_condition(case: Case) -> float:
+    """How much a mixture divergence amplifies rounding, near one of the ends of its weight.
+
+    There it is a small part of its terms: β(1−β)/2 of d² for the JSD, (1−α)²/2 for a skew KL, out
+    of terms of size d². 1 at β = 1/2 and at α = 0.
+    """
+    if case.function == "jsd":
+        beta = case.options.get("beta", 0.5)
+        return 1.0 if beta in (0.0, 1.0) else 0.25 / (beta * (1 - beta))
+    if case.function == "skew_kl":
+        return (1 - case.options.get("alpha", 0.1)) ** -2
+    return 1.0
+
+
 def direction_size(case: Case, inputs: Inputs, temperature: float = 1.0) -> Tensor:
     """‖1_y − p‖ / T per position (‖p‖ / T for the entropy): what the coefficient multiplies."""
     p = torch.softmax(inputs.student.double() / temperature, -1)
@@ -208,10 +222,12 @@ def check(
     """
     if tolerance is None:
         tolerance = bound(inputs.student, inputs.teacher)
+    tolerance *= mixture_condition(case)
     allowance = conditioning(case, inputs, **common)
     slope = direction_size(case, inputs, common.get("temperature", 1.0))
     value_error = (result.value.double() - truth.value).abs()
-    value_limit = tolerance * truth.value.abs() + allowance.value
+    # 1e-20: the divergence of models of one id is the square of a rounding, where it should be 0.
+    value_limit = tolerance * truth.value.abs() + allowance.value + 1e-20
     assert torch.isfinite(result.value).all(), result.value
     assert (value_error <= value_limit).all(), (
         f"value off by {value_error.tolist()}, allowed {value_limit.tolist()}, "

@@ -13,7 +13,7 @@ import opdc
 from opdc.__main__ import COMMANDS, main
 from opdc.bench import report
 from opdc.bench.contenders import FUNCTIONS, Contender, loss_and_gradient, make_inputs
-from opdc.bench.measure import CHECKED_ROWS, interleave
+from opdc.bench.measure import CHECKED_ROWS, REHEARSALS, interleave
 
 TINY = ["bench", "--rows", "3", "--vocabulary", "1000", "--repeats", "2", "--threads", "1"]
 
@@ -146,7 +146,8 @@ def test_contenders_take_turns():
     calls = []
     contenders = {name: Contender(lambda name=name: calls.append(name)) for name in ("a", "b")}
     samples = interleave(contenders, repeats=4, share=1.0, inspect=lambda *_: None)
-    assert "".join(calls) == "ab" * 5
+    turn = "a" * (REHEARSALS + 1) + "b" * (REHEARSALS + 1)
+    assert "".join(calls) == "ab" + turn * 4
     assert [len(values) for values in samples.values()] == [4, 4]
 
 

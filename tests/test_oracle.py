@@ -29,7 +29,11 @@ SINGLE = [
     for case in CASES
     if case.name not in ("jsd_0", "jsd_1") and not case.extra and "discount" not in case.options
 ]
-NAMED_DIVERGENCES = [case for case in DIVERGENCES if case in SINGLE]
+NAMED_DIVERGENCES = [case for case in DIVERGENCES if case in SINGLE] + [
+    Case("jsd_0.01", "jsd", {"beta": 0.01}),
+    Case("skew_forward_0.99", "skew_kl", {"alpha": 0.99}),
+    Case("skew_reverse_0.99", "skew_kl", {"alpha": 0.99, "direction": "reverse"}),
+]
 
 
 @pytest.mark.parametrize("regime", FINITE_REGIMES, ids=str)

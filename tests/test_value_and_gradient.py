@@ -14,6 +14,7 @@ from judge import (
     exact,
     expected,
     measured,
+    mixture_condition,
     row_errors,
     run,
     typical,
@@ -62,7 +63,7 @@ def saturation_floor(regime: Regime) -> float:
     return ORACLE_NOISE + 4 * torch.finfo(torch.float32).eps * regime.gap
 
 
-def judge_case(case, regime, inputs, **common):
+def judge_case(case, regime, inputs, tolerance=None, **common):
     truth = expected(case, inputs, inputs.upstream, **common)
     result = measured(case, inputs, inputs.upstream, **common)
     check(
@@ -72,6 +73,7 @@ def judge_case(case, regime, inputs, **common):
         truth,
         inputs.upstream,
         floor=saturation_floor(regime),
+        tolerance=tolerance,
         **common,
     )
     return result
@@ -103,7 +105,10 @@ def test_float64_against_60_digits(case, regime):
     inputs = make_inputs(regime, (2,), 33, torch.float64)
     truth, ones = exact(case, inputs), torch.ones(2, dtype=torch.float64)
     result = measured(case, inputs, ones)
-    check(case, inputs, result, truth, ones, floor=1e-11 if regime.saturates else 0.0)
+    floor = 1e-11 if regime.saturates else 0.0
+    # Logits near 1e4 less logits near 0: that difference alone rounds at 1e-12 in float64.
+    tolerance = 1e-9 if regime.name in ("offset_1e4_student", "offset_1e4_teacher") else None
+    check(case, inputs, result, truth, ones, floor=floor, tolerance=tolerance)
     assert result.value.dtype == torch.float64
 
 
@@ -145,6 +150,24 @@ def test_vocabulary_of_one_has_nothing_to_learn(case):
 def test_temperature(case, regime, temperature):
     inputs = make_inputs(regime, (3,), 300)
     judge_case(case, BY_NAME[regime], inputs, temperature=temperature)
+
+
+@pytest.mark.parametrize("regime", ["near_1e-02", "near_1e-05", "realistic"])
+@pytest.mark.parametrize("weight", [0.01, 0.99])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("jsd", "jsd", {"beta": None}),
+        Case("skew_forward", "skew_kl", {"alpha": None}),
+        Case("skew_reverse", "skew_kl", {"alpha": None, "direction": "reverse"}),
+    ],
+    ids=str,
+)
+def test_mixtures_close_to_one_of_their_ends(case, weight, regime):
+    """Where β or α leaves little of a model, little of the loss is left: w² of a near KL."""
+    filled = {name: weight if value is None else value for name, value in case.options.items()}
+    inputs = make_inputs(regime, (8,), 500)
+    judge_case(Case(case.name, case.function, filled), BY_NAME[regime], inputs)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "f16"])
@@ -192,7 +215,8 @@ def test_error_is_never_above_that_of_pytorch(case, regime):
         right = getattr(truth, answer)
         mine = typical(errors(getattr(ours, answer), right))
         reference = typical(errors(getattr(theirs, answer), right))
-        assert mine <= max(reference, 2e-7), f"{answer}: {mine:.2e}, PyTorch {reference:.2e}"
+        limit = max(reference, 2e-7 * mixture_condition(case))
+        assert mine <= limit, f"{answer}: {mine:.2e}, PyTorch {reference:.2e}"
 
 
 # ----------------------------------------------------------------- hazards by name
@@ -228,7 +252,8 @@ def test_hazard_11_true_class_gradient_is_not_rounded_early(case, peak, dtype):
     inputs = make_inputs(regime, (4,), 257, FLOATS[dtype])
     inputs.tokens = torch.full((4,), (2 * 257) // 3)
     inputs.tokens[-1] = 0  # and one token that the student finds impossible
-    judge_case(case, regime, inputs)
+    # What is left of 1 lies 16 below the largest logit: that difference rounds at 1e-6 in float32.
+    judge_case(case, regime, inputs, tolerance=4e-6)
 
 
 @pytest.mark.parametrize("regime", ["wide_1e2", "wide_1e3", "wide_1e4"])

@@ -280,8 +280,11 @@ static void test_problem(problem *p, const char *method, long double tolerance) 
   memcpy(value, p->value, sizeof value);
   for (int64_t row = 0; row < ROWS; row++) {
     add_to_hash(p->value[row]);
-    for (int64_t j = 0; j < p->width; j++)
-      add_to_hash(load_element(p->gradient, p->student_type, row * p->stride + j));
+    for (int64_t j = 0; j < p->width; j++) {
+      const double g = load_element(p->gradient, p->student_type, row * p->stride + j);
+      /* without the denormals of float16: emulators of the conversion differ on their ties */
+      if (p->student_type != dtype_f16 || fabs(g) >= 0x1p-14) add_to_hash(g);
+    }
   }
   for (int threads = 2; threads <= 4; threads += 2) { /* the same bits for any number of threads */
     run(p, method, OPDC_NONE, threads, copy, &error);

@@ -348,7 +348,7 @@ def save_plot(result: dict[str, Any], path: Path) -> None:
     figure, panels = plt.subplots(
         len(dtypes),
         1,
-        figsize=(max(6.0, 1.2 + most), 0.7 + 2.9 * len(dtypes)),
+        figsize=(max(8.0, 1.2 + most), 0.7 + 2.9 * len(dtypes)),
         sharex=True,
         sharey=True,
         squeeze=False,
