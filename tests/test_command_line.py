@@ -83,6 +83,7 @@ def test_bench_says_what_to_install():
 
 def test_bench_measures_every_function(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(opdc.bench.measure, "OVERHEAD_CALLS", 20)
+    monkeypatch.setattr(opdc.bench.measure, "REHEARSALS", 1)
     folder = tmp_path / "results"
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
