@@ -374,13 +374,16 @@ static void *derivatives_of(const plan *at, int thread) {
 static opdc_status reserve_derivatives(plan *at, opdc_error *error) {
   const size_t size = at->is_double ? sizeof(double) : sizeof(float), line = 64;
   const size_t length = ((size_t)at->constants.vocabulary + DERIVATIVES_PADDING) * size;
+  const int64_t team = at->call->threads < at->positions ? at->call->threads : at->positions;
   if (!needs_derivatives(at->constants.element) || at->positions == 0) return OPDC_OK;
   at->derivatives_bytes = (length + line - 1) / line * line;
-  at->derivatives = malloc(at->derivatives_bytes * (size_t)at->call->threads);
+  if (at->derivatives_bytes < SIZE_MAX / (size_t)team)
+    at->derivatives = malloc(at->derivatives_bytes * (size_t)team);
   if (at->derivatives) return OPDC_OK;
-  return fail(error, OPDC_OUT_OF_MEMORY,
-              "out of memory: %d rows of %lld numbers, one for each thread", at->call->threads,
-              (long long)at->constants.vocabulary);
+  return fail(
+      error, OPDC_OUT_OF_MEMORY,
+      "out of memory: no room for %lld numbers, one for each id and thread; use fewer threads",
+      (long long)team * (long long)at->constants.vocabulary);
 }
 
 static void write_gradient(const plan *at, int64_t index, double upstream,

@@ -209,7 +209,10 @@ static int read_method(PyObject *object, opdc_method *out) {
 
 static PyObject *none_or_error(opdc_status status, const opdc_error *error) {
   if (status == OPDC_OK) Py_RETURN_NONE;
-  PyErr_SetString(status == OPDC_INVALID_TYPE ? PyExc_TypeError : PyExc_ValueError, error->message);
+  PyErr_SetString(status == OPDC_INVALID_TYPE    ? PyExc_TypeError
+                  : status == OPDC_OUT_OF_MEMORY ? PyExc_MemoryError
+                                                 : PyExc_ValueError,
+                  error->message);
   return NULL;
 }
 

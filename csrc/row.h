@@ -467,6 +467,13 @@ static void measure_student(const row_call *call, const row_input *input, row *o
   out->student = index > 1 ? combine_masses(parts, index, T, weights) : parts[0];
 }
 
+/* The first id at the student's maximum. A row may come back from outside: whatever it says, an
+ * id of this row. */
+static inline int64_t first_largest(const row_call *call, const row *from) {
+  const double index = from->student.index;
+  return index >= 0 && index < (double)call->vocabulary ? (int64_t)index : 0;
+}
+
 /* The constants of a row for its second and third passes. */
 typedef struct row_constants {
   lane student_maximum, teacher_maximum, student_inverse, teacher_inverse;
@@ -516,7 +523,7 @@ SPECIALISED lane excess_of(pair_of_masses pair) {
  * is room for them. */
 SPECIALISED void mixture_pass(const row_call *call, const row_input *input, row *out,
                               real *derivatives, const element_rule rule, double log_ratio,
-                              const int certain, mixture_reference reference) {
+                              const int separate, mixture_reference reference) {
   const row_constants constants = constants_of(call, out, log_ratio);
   const mixture_weights weights = {(real)call->mixture, (real)(1 - call->mixture)};
   double value = 0, mean = 0, excess = 0;
@@ -557,7 +564,7 @@ SPECIALISED void mixture_pass(const row_call *call, const row_input *input, row 
                                    .teacher_higher = lane_less(d, lane_set(0))};
       const lane_mask exists = lane_less(lane_set(0), pair.high);
       lane derivative;
-      const lane term = mixture_rule(rule, pair, weights, certain, reference, &derivative);
+      const lane term = mixture_rule(rule, pair, weights, separate, reference, &derivative);
       derivative = lane_keep(exists, lane_mul(pair.high, derivative));
       group_add(&values, part, lane_keep(exists, lane_mul(pair.high, term)));
       group_add(&means, part, derivative);
@@ -578,18 +585,18 @@ static void measure_mixture(const row_call *call, const row_input *input, row *o
   const real ratio = (real)((1 + out->student.rest) / (1 + out->teacher.rest));
   const double log_ratio = log_ratio_of_masses(out->student, out->teacher, ratio, T),
                weight = call->mixture;
-  const int64_t top = (int64_t)out->student.index;
+  const int64_t top = first_largest(call, out);
   const double apart = out->student.maximum - load_element(input->teacher, call->teacher_type, top);
   const double top_ratio = SCALAR(exp)(log_ratio - apart * (double)T.inverse),
                mixture = 1 - weight + weight * top_ratio;
-  const int certain = top_ratio < 0.5;
+  const int separate = top_ratio < 0.5;
   const mixture_reference reference =
-      certain
+      separate
           ? (mixture_reference){(real)top_ratio, (real)SCALAR(log)(mixture), (real)(1 / mixture)}
           : (mixture_reference){1, 0, 1};
 #define PASS(rule)                                                                                 \
 case rule:                                                                                         \
-  if (certain)                                                                                     \
+  if (separate)                                                                                    \
     mixture_pass(call, input, out, derivatives, rule, log_ratio, 1, reference);                    \
   else                                                                                             \
     mixture_pass(call, input, out, derivatives, rule, log_ratio, 0, reference);                    \
@@ -694,7 +701,7 @@ SPECIALISED void gradient_pass(const row_call *call, const row_input *input, con
   /* A gradient row sums to 0. Where one id has most of the mass, its element is a small
    * difference of large numbers, and is better had as the negative sum of all the others. */
   const int64_t dominant =
-      rule != element_none && from->student.rest < 1 ? (int64_t)from->student.index : -1;
+      rule != element_none && from->student.rest < 1 ? first_largest(call, from) : -1;
   double others = 0;
   block at;
   for (int64_t start = 0; start < call->vocabulary; start += BLOCK) {

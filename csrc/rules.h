@@ -116,7 +116,7 @@ typedef struct mixture_weights {
 
 /* The value and u = d value / d s, both divided by h. */
 SPECIALISED lane mixture_rule(const element_rule rule, pair_of_masses at, mixture_weights weights,
-                              const int certain, mixture_reference reference, lane *derivative) {
+                              const int separate, mixture_reference reference, lane *derivative) {
   const real teacher = weights.teacher, student = weights.student; /* w, 1 - w */
   const lane zero = lane_set(0), one = lane_set(1);
   const lane lower_weight = lane_select(at.teacher_higher, lane_set(student), lane_set(teacher));
@@ -125,7 +125,7 @@ SPECIALISED lane mixture_rule(const element_rule rule, pair_of_masses at, mixtur
   const lane lowered = lane_mul(lower_weight, at.gap);                      /* o v = mu / h - 1 */
   const lane_mask near = lane_less(at.distance, lane_set((real)0.5));
   lane remainder, to_mixture; /* k(o v); log(h / mu), relative to the reference */
-  if (certain) {
+  if (separate) {
     const lane relative = lane_mul(lane_set(teacher * reference.inverse_mixture),
                                    lane_sub(at.ratio, lane_set(reference.ratio)));
     const lane argument = lane_select(at.teacher_higher, lowered, relative);
@@ -154,9 +154,9 @@ SPECIALISED lane mixture_rule(const element_rule rule, pair_of_masses at, mixtur
     return lane_fma(lower_weight, of_low, lane_mul(higher_weight, of_high));
   }
   /* p (x - x*) / m, divided by h */
-  const lane of_low_ratio = certain ? lane_sub(one, lane_mul(lane_set(reference.ratio), at.ratio))
-                                    : lane_sub(zero, at.gap);
-  const lane of_high_ratio = certain ? lane_sub(at.ratio, lane_set(reference.ratio)) : at.gap;
+  const lane of_low_ratio = separate ? lane_sub(one, lane_mul(lane_set(reference.ratio), at.ratio))
+                                     : lane_sub(zero, at.gap);
+  const lane of_high_ratio = separate ? lane_sub(at.ratio, lane_set(reference.ratio)) : at.gap;
   const lane apart =
       lane_select(at.teacher_higher, lane_mul(at.ratio, of_low_ratio), of_high_ratio);
   const lane surplus = lane_div(apart, lane_add(one, lowered));

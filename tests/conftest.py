@@ -3,6 +3,8 @@ draw the same examples in every run."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -29,3 +31,53 @@ def one_thread():
 def seeded():
     """The global generator starts alike in every test."""
     torch.manual_seed(20260)
+
+
+HAZARDS = {
+    1: "32-bit indices",
+    2: "0 · (−inf) with a masked vocabulary",
+    3: "forward sanitised, backward not",
+    4: "undefined rows swallowed, or spreading",
+    5: "ignored rows still read",
+    6: "means over nothing",
+    7: "wrong normaliser under accumulation",
+    8: "ids out of range",
+    9: "large common offset of the logits",
+    10: "cancellation where student ≈ teacher",
+    11: "gradient of the true class rounded early",
+    12: "confident rows, underflow",
+    16: "vocabularies of different sizes",
+    17: "strides, alignment, non-contiguous upstream",
+    18: "non-uniform upstream",
+    19: "in-place gradient behind autograd's back",
+    20: "second derivatives that are silently 0",
+    21: "read-only tensors",
+    22: "mixed dtypes and autocast",
+    23: "leaks and double frees of exports",
+    24: "buffers that vanish while a kernel runs",
+    25: "hanging after fork",
+    26: "two OpenMP runtimes",
+    27: "instructions that the processor lacks",
+    28: "sums that depend on the number of threads",
+    29: "bits that depend on the instruction set",
+    30: "import that changes the floating-point mode",
+    31: "failing allocations",
+    32: "empty and extreme sizes",
+}
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What breaks kernels like these, and how many tests show that it does not break this one."""
+    counts = dict.fromkeys(HAZARDS, 0)
+    failed = set()
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, ()):
+            for number in re.findall(r"(?:hazard_|and_)(\d\d)", report.nodeid.partition("[")[0]):
+                counts[int(number)] += outcome == "passed"
+                failed |= {int(number)} if outcome == "failed" else set()
+    if not any(counts.values()):
+        return
+    terminalreporter.section("hazards")
+    for number, name in HAZARDS.items():
+        mark = "FAILED" if number in failed else f"{counts[number]:5d} passed"
+        terminalreporter.write_line(f"{number:3d}  {name:50s} {mark}")

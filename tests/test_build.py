@@ -97,7 +97,9 @@ def default_hash() -> str:
 
 @on_linux
 @pytest.mark.parametrize("level", LEVELS)
-def test_27_every_instruction_set_gives_the_same_bits(level: str, default_hash: str) -> None:
+def test_hazard_27_and_29_every_instruction_set_gives_the_same_bits(
+    level: str, default_hash: str
+) -> None:
     if level not in runnable_levels():
         pytest.skip(f"this processor has no {level}")
     assert output_of(HASH_OF_LOSSES, OPDC_ISA=level) == default_hash
@@ -105,7 +107,7 @@ def test_27_every_instruction_set_gives_the_same_bits(level: str, default_hash: 
 
 @on_linux
 @pytest.mark.parametrize("level", [*LEVELS, "sse9"])
-def test_27_an_instruction_set_that_is_not_there_is_a_clear_error(level: str) -> None:
+def test_hazard_27_an_instruction_set_that_is_not_there_is_a_clear_error(level: str) -> None:
     available = runnable_levels()
     if level in available:
         pytest.skip(f"this processor has {level}")
@@ -116,7 +118,7 @@ def test_27_an_instruction_set_that_is_not_there_is_a_clear_error(level: str) ->
     assert all(word in message for word in ["OPDC_ISA", level, *available])
 
 
-def test_27_only_the_dispatched_objects_hold_wide_instructions() -> None:
+def test_hazard_27_only_the_dispatched_objects_hold_wide_instructions() -> None:
     objects = sorted(wheel_build_folder().glob("CMakeFiles/**/*.o"))
     if not any("avx2" in str(path) for path in objects):
         pytest.skip("no objects for x86 in the build folder")
@@ -146,7 +148,7 @@ import opdc, torch""",
     ],
     ids=["torch_first", "opdc_first", "module_first"],
 )
-def test_26_one_openmp_runtime(imports: str) -> None:
+def test_hazard_26_one_openmp_runtime(imports: str) -> None:
     mapped = output_of(
         imports
         + """
@@ -160,7 +162,7 @@ print(open("/proc/self/maps").read())""",
     assert len(runtimes) == 1, runtimes
 
 
-def test_30_floating_point_mode_is_unchanged() -> None:
+def test_hazard_30_floating_point_mode_is_unchanged() -> None:
     # fegetenv writes MXCSR 28 bytes into its record on x86-64, FPCR first on Arm; the low six bits
     # of MXCSR are the sticky exception flags.
     output_of("""

@@ -391,6 +391,38 @@ def test_hazard_25_fork_after_threads():
     )
 
 
+STARVED = """
+import resource, torch
+from opdc import _C
+
+student, teacher = torch.randn(1, 1 << 24), torch.randn(1, 1 << 24)
+value, gradient = torch.full((), 7.0), torch.full_like(student, 7.0)
+rows = torch.zeros(1, _C.ROW, dtype=torch.float64)
+settings = torch.tensor([1, 0.5, torch.inf, torch.inf, 0, 1, torch.nan], dtype=torch.float64)
+call = ["jsd", student, teacher, *[None] * 6, settings, 2, 0, 0, value, gradient, rows, None, 1]
+in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + (16 << 20), resource.RLIM_INFINITY))
+try:
+    _C.loss(*call)
+except MemoryError as error:
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert "16777216" in str(error), error
+    assert value == 7 and (gradient == 7).all()
+    _C.loss(*call)
+    assert 0 < value < 1
+    print("refused, then done")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS and /proc")
+def test_hazard_31_no_room_for_the_row_of_a_thread():
+    """The only allocation of the core fails: an error, nothing written, and the next call works."""
+    process = subprocess.run(
+        [sys.executable, "-c", STARVED], capture_output=True, text=True, timeout=60
+    )
+    assert process.stdout.strip() == "refused, then done", process.stderr
+
+
 def fork_work(queue, student, teacher):
     torch.set_num_threads(1)
     queue.put(opdc.reverse_kl(student, teacher).item())

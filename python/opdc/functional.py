@@ -64,7 +64,8 @@ class Common(TypedDict, total=False):
 
     `inplace` (False): the gradient overwrites the student's logits during the call, which saves
     its memory and half of the time. Nothing may use the logits afterwards (autograd notices and
-    raises); after `backward` the gradient of the logits shares their memory. The logits must be
+    raises); after `backward` the gradient of the logits shares their memory. With "none" a second
+    rounding, of the product with the upstream gradient, is part of it. The logits must be
     the result of a computation, with rows of their own in memory, and outside of `torch.func`. Two
     such losses on slices of one tensor, and logits that are the input of a reentrant checkpoint,
     do not work. Where no gradient is needed, nothing is overwritten.
@@ -138,8 +139,7 @@ def jsd(student: Tensor, teacher: Tensor, *, beta: float = 0.5, **common: Unpack
     """Generalised Jensen-Shannon divergence `β KL(q ‖ μ) + (1 − β) KL(p ‖ μ)`, `μ = βq + (1 − β)p`.
 
     The loss of GKD (arXiv 2306.13649, eq. 1). `beta=0` is the forward and `beta=1` the reverse KL,
-    by
-    definition (the limits of the formula are 0).
+    by definition (the limits of the formula are 0).
 
     Args:
         student: logits `(..., V)`; receives the gradient.
@@ -223,8 +223,8 @@ def k1(
         advantage: "old" is `A = τ_y − old`; "current" is `A = τ_y − s_y` of the current student.
             Without `old_logprobs` they are the same.
         discount: `γ` in [0, 1]: `A_t` becomes `Σ γ^(u−t) A_u` over the active `u ≥ t` of the
-        sequence. reference_logprobs: `(...)`, log-probs `r` of the tokens under a reference
-        policy:
+            sequence.
+        reference_logprobs: `(...)`, log-probs `r` of the tokens under a reference policy:
             `A = λ (τ_y − r) − (old − r)`.
         reward_scale: `λ`; anything but 1 needs `reference_logprobs`.
         **common: see `Common`.
