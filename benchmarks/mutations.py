@@ -260,7 +260,7 @@ MUTATIONS = (
         ROW,
         "      if (to[i] != to[i]) found.maximum = to[i];",
         "      if (to[i] != to[i]) break;",
-        (MASKED,),
+        (MASKED, "test_holes.py"),
     ),
     Mutation(
         "undefined_row_without_nan",

@@ -349,6 +349,15 @@ def test_hazard_28_same_bits_for_any_number_of_threads(method):
     assert torch.equal(losses[order], shuffled)
 
 
+@pytest.mark.parametrize("method", ["jsd", "skew_forward", "reverse_kl"])
+def test_hazard_28_threads_that_overlap_share_nothing(method):
+    """Rows long enough that two threads are inside of one at the same time."""
+    student, teacher = torch.randn(2, 64, 30_000)
+    expected = core(method, student, teacher)
+    for threads in (2, 4, 8):
+        assert same(core(method, student, teacher, threads=threads), expected)
+
+
 def test_hazard_28_scaling_does_not_depend_on_threads():
     gradient, upstream = torch.randn(50, 700), torch.randn(50)
     results = [torch.empty_like(gradient) for _ in range(3)]
