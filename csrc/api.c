@@ -117,7 +117,8 @@ static opdc_status check_range(const char *name, double x, double least, double 
 
 static opdc_status check_settings(plan *out, opdc_error *error) {
   const opdc_settings *at = &out->settings;
-  const double largest = out->is_double ? 1e300 : 1e37; /* 1/T times log2(e) must be a number */
+  /* log2(e) / T must be a number, and so must the T-fold of the lowest exponent */
+  const double largest = out->is_double ? 1e300 : 1e36;
   double *numbers;
   TRY(check_doubles("settings", out->call->settings, -1, OPDC_SETTINGS, &numbers, error));
   memcpy(&out->settings, numbers, sizeof out->settings);
@@ -187,8 +188,8 @@ static void choose_rule(plan *out) {
   row_call *to = &out->constants;
   to->element = out->method->element;
   to->token = out->method->token;
-  to->mixture =
-      to->element == element_skew_reverse ? 1 - mixture : mixture; /* the teacher's weight */
+  to->teacher_weight = to->element == element_skew_reverse ? 1 - mixture : mixture;
+  to->student_weight = to->element == element_skew_reverse ? mixture : 1 - mixture;
   if (to->element == element_jsd && mixture == 0) to->element = element_forward_kl;
   if (to->element == element_jsd && mixture == 1) to->element = element_reverse_kl;
   if (to->element == element_skew_forward && mixture == 0) to->element = element_forward_kl;

@@ -33,7 +33,8 @@ typedef enum token_rule {
 typedef struct row_call {
   element_rule element;
   token_rule token;
-  double temperature, mixture, clip_low, clip_high, reward_scale;
+  double temperature, clip_low, clip_high, reward_scale;
+  double teacher_weight, student_weight; /* of a mixture; neither is had from the other, near 1 */
   opdc_advantage advantage;
   int64_t width;      /* V */
   int64_t vocabulary; /* ids in use, at most V */
@@ -77,8 +78,7 @@ typedef struct row {
       token_coefficient; /* the gradient is (a (u - p sum u) + b (1[j = y] - p)) / T */
   double clipped;
   double student_entropy, teacher_entropy, k3; /* metrics that need more than a product */
-  double unused[2];
-  double active; /* 1, or 0: nothing else here is meant */
+  double active;                               /* 1, or 0: nothing else here is meant */
   double factor; /* weight over denominator: the share of the loss in the value */
 } row;
 _Static_assert(sizeof(row) == OPDC_ROW * sizeof(double), "a row is OPDC_ROW doubles");

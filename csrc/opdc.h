@@ -79,13 +79,14 @@ typedef enum opdc_advantage {
  */
 typedef struct opdc_settings {
   double temperature; /* T > 0 */
-  double mixture;     /* beta of jsd in [0, 1]; alpha of the skew divergences in [0, 1] */
+  double mixture;     /* beta of jsd in [0, 1]; alpha of the skew divergences in [0, 1) */
   double clip_low;    /* the ratio is clipped to [1 - clip_low, 1 + clip_high]; +inf in both: no
                          clipping */
   double clip_high;
   double discount;     /* gamma in [0, 1]: future advantages of the sequence; 0: none */
   double reward_scale; /* lambda; 1 unless there is a reference policy */
-  double num_items;    /* replaces the denominator of mean and seq_mean; NaN: count */
+  double num_items;    /* replaces the denominator of mean and seq_mean; NaN: count;
+                          0: nothing is evaluated, all is 0, the metrics too */
 } opdc_settings;
 #define OPDC_SETTINGS 7
 
@@ -116,7 +117,7 @@ typedef struct opdc_call {
 /* What is kept of a position between its loss and its gradient: doubles only, so that a float64
  * tensor (N, OPDC_ROW) holds it. The contents are opdc's own, except that they may be copied and
  * saved. */
-#define OPDC_ROW 28
+#define OPDC_ROW 26
 
 /* Sums over the active positions, in this order; opdc_metric_name gives the names. Entries that
  * a method does not compute are marked by NaN. `log_ratio_min` and `log_ratio_max` are extremes
@@ -138,7 +139,7 @@ uint64_t opdc_method_metrics(opdc_method method, int teacher_logits);
  *   metrics   (opdc_metric_count(),) float64, contiguous, or NULL
  *
  * Reads student and teacher once from memory for the loss and once more, from the cache where a
- * row fits there, for the gradient. */
+ * row fits there, for the gradient; the mixture divergences read them twice for the loss. */
 opdc_status opdc_loss(const opdc_call *call, const DLTensor *value, const DLTensor *gradient,
                       const DLTensor *rows, const DLTensor *metrics, opdc_error *error);
 
@@ -154,7 +155,7 @@ opdc_status opdc_gradient(const opdc_call *call, const DLTensor *rows, const DLT
  *   gradient, output  (..., V), same shape and dtype; may be the same tensor
  *   upstream          floating, shape () or (...)
  * Rows whose factor is 1 are copied (left alone in place); a factor 0 gives 0 unless the row has
- * NaN. */
+ * NaN or infinity. */
 opdc_status opdc_scale(const DLTensor *gradient, const DLTensor *upstream, const DLTensor *output,
                        int threads, opdc_error *error);
 

@@ -177,15 +177,16 @@ static inline temperature temperature_of(const row_call *call) {
 /* The block after the one at `start`, prefetched a line at a time while this one is worked on:
  * asking for all of it at once would stall the loads of this one. */
 typedef struct next_block {
-  const char *address;
-  int bytes; /* of an element */
+  uintptr_t address; /* a number: it may lie behind the row, and nothing is read there */
+  int bytes;         /* of an element */
 } next_block;
 
 static inline next_block block_after(const void *from, dtype type, int64_t start) {
-  return (next_block){element_address(from, type, start + BLOCK), dtype_bytes(type)};
+  return (next_block){(uintptr_t)from + (uintptr_t)((start + BLOCK) * dtype_bytes(type)),
+                      dtype_bytes(type)};
 }
 SPECIALISED void prefetch(next_block ahead, int i, int part) {
-  if (part == 0) __builtin_prefetch(ahead.address + i * ahead.bytes);
+  if (part == 0) __builtin_prefetch((const void *)(ahead.address + (uintptr_t)(i * ahead.bytes)));
 }
 
 /* e[i] = exp((x[i] - maximum) / T). The first id at the maximum is kept out of the sums: its 1
@@ -424,7 +425,10 @@ static void measure_pair(const row_call *call, const row_input *input, row *out)
       const real ratio = (real)(total / (1 + teacher.rest));
       const double log_ratio = log_ratio_of_masses(student, teacher, ratio, T);
       const difference apart = difference_of(student.maximum, teacher.maximum, log_ratio, T);
-      const int masked = !(xs.minimum > -(real)INFINITY && ys.minimum > -(real)INFINITY);
+      const double reach = fmax((double)xs.maximum, (double)ys.maximum) -
+                           fmin((double)xs.minimum, (double)ys.minimum);
+      /* -inf, or logits so far apart that their difference over T is: 0 times it is not 0 */
+      const int masked = !(reach * (double)T.inverse < 1e38);
       const kl_sums sums = kl_block(call, at.x, at.y, at.p, at.q, count, apart, ratio, masked);
       result = kl_finish(sums, total, log_ratio);
     } else {
@@ -525,7 +529,7 @@ SPECIALISED void mixture_pass(const row_call *call, const row_input *input, row 
                               real *derivatives, const element_rule rule, double log_ratio,
                               const int separate, mixture_reference reference) {
   const row_constants constants = constants_of(call, out, log_ratio);
-  const mixture_weights weights = {(real)call->mixture, (real)(1 - call->mixture)};
+  const mixture_weights weights = {(real)call->teacher_weight, (real)call->student_weight};
   double value = 0, mean = 0, excess = 0;
   block at;
   struct {
@@ -574,7 +578,8 @@ SPECIALISED void mixture_pass(const row_call *call, const row_input *input, row 
     mean += (double)group_sum(means.part);
     excess += (double)group_sum(excesses.part);
   }
-  value -= mixture_curvature(rule, call->mixture) * excess * excess / 2;
+  value -=
+      mixture_curvature(rule, call->teacher_weight, call->student_weight) * excess * excess / 2;
   out->divergence = value < 0 ? 0 : value;
   out->mean = mean;
 }
@@ -583,12 +588,11 @@ static void measure_mixture(const row_call *call, const row_input *input, row *o
                             real *derivatives) {
   const temperature T = temperature_of(call);
   const real ratio = (real)((1 + out->student.rest) / (1 + out->teacher.rest));
-  const double log_ratio = log_ratio_of_masses(out->student, out->teacher, ratio, T),
-               weight = call->mixture;
+  const double log_ratio = log_ratio_of_masses(out->student, out->teacher, ratio, T);
   const int64_t top = first_largest(call, out);
   const double apart = out->student.maximum - load_element(input->teacher, call->teacher_type, top);
   const double top_ratio = SCALAR(exp)(log_ratio - apart * (double)T.inverse),
-               mixture = 1 - weight + weight * top_ratio;
+               mixture = call->student_weight + call->teacher_weight * top_ratio;
   const int separate = top_ratio < 0.5;
   const mixture_reference reference =
       separate

@@ -88,10 +88,10 @@ typedef struct pair_of_masses {
 
 /* If d is off by a small e, the same for all ids, the value of these three is off by this times
  * e^2 / 2, and u - p sum u by less than its rounding. */
-static inline double mixture_curvature(const element_rule rule, double weight) {
-  return rule == element_jsd            ? weight * (1 - weight)
-         : rule == element_skew_forward ? (1 - weight) * (1 - weight)
-                                        : weight * weight;
+static inline double mixture_curvature(const element_rule rule, double teacher, double student) {
+  return rule == element_jsd            ? teacher * student
+         : rule == element_skew_forward ? student * student
+                                        : teacher * teacher;
 }
 
 /* Where the student's mass lies on ids that the teacher finds unlikely, u is p_j times almost the

@@ -452,6 +452,9 @@ def loss(
     elif inplace:
         value, _, metrics = _apply(_LossInplace, *call, with_metrics)
     else:
-        with_gradient = needs_gradient and reduction != _PER_POSITION
+        # A float16 gradient under a mean underflows before a loss scale reaches it: backward
+        # computes it with the scale in it.
+        early = reduction != _PER_POSITION and student.dtype is not torch.float16
+        with_gradient = needs_gradient and early
         value, _, _, metrics = _apply(_Loss, *call, with_gradient, with_metrics)
     return value, metrics
