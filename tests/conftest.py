@@ -3,11 +3,20 @@ draw the same examples in every run."""
 
 from __future__ import annotations
 
+import atexit
+import os
 import re
+import shutil
+import tempfile
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# Inductor keys its cache by the graph, not by the shapes that a fake kernel gives: a graph compiled
+# with an older opdc would be run with the outputs of this one. So every run has a cache of its own.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="opdc-inductor-")
+atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 settings.register_profile(
     "reproducible",
