@@ -6,7 +6,6 @@
 #include <string.h>
 #if defined(__linux__)
 #  include <sys/mman.h>
-#  include <unistd.h>
 #endif
 
 #include "check.h"
