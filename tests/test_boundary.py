@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import pickle
 import warnings
 
@@ -795,7 +796,9 @@ def one_of_two(rank, store, results):
     reduced = opdc.metrics.all_reduce(metrics)
     gradients = [parameter.grad for parameter in distributed.parameters()]
     torch.save((gradients, reduced), f"{results}.{rank}")
-    torch.distributed.destroy_process_group()
+    # DistributedDataParallel's destructor holds the GIL while it waits for a thread of gloo that
+    # wants the GIL to free its tensors: one run in twenty never ended. So nothing is destroyed.
+    os._exit(0)
 
 
 def test_two_processes_are_one(tmp_path):
