@@ -104,8 +104,8 @@ typedef struct plan {
   row *rows;
   int64_t positions, sequence; /* all positions; length of the last position axis */
   int is_double, with_gradient;
-  char *derivatives; /* a row for each thread, or NULL */
-  size_t derivatives_bytes;
+  char *kept; /* for each thread what measure leaves for the gradient, or NULL */
+  size_t kept_bytes;
 } plan;
 
 static opdc_status check_range(const char *name, double x, double least, double most,
@@ -265,7 +265,7 @@ static opdc_status make_plan(const opdc_call *call, const DLTensor *rows, plan *
   out->constants.reverse_kl = out->constants.element == element_reverse_kl;
   out->constants.forward_kl = out->constants.element == element_forward_kl;
   out->constants.entropy = out->constants.element == element_entropy;
-  out->constants.log_ratio = !needs_derivatives(out->constants.element);
+  out->constants.log_ratio = !is_mixture(out->constants.element);
   out->constants.temperature = out->settings.temperature;
   out->constants.clip_low = out->settings.clip_low;
   out->constants.clip_high = out->settings.clip_high;
@@ -367,73 +367,74 @@ static void gather_metrics(const plan *at, double *metrics) {
 
 /* --- Rows ------------------------------------------------------------------------------------- */
 
-static void *derivatives_of(const plan *at, int thread) {
-  return at->derivatives ? at->derivatives + (size_t)thread * at->derivatives_bytes : NULL;
+static void *kept_of(const plan *at, int thread) {
+  return at->kept ? at->kept + (size_t)thread * at->kept_bytes : NULL;
 }
 
-static opdc_status reserve_derivatives(plan *at, opdc_error *error) {
-  const size_t size = at->is_double ? sizeof(double) : sizeof(float), line = 64;
-  const size_t length = ((size_t)at->constants.vocabulary + DERIVATIVES_PADDING) * size;
+static opdc_status reserve_kept(plan *at, opdc_error *error) {
   const int64_t team = at->call->threads < at->positions ? at->call->threads : at->positions;
-  if (!needs_derivatives(at->constants.element) || at->positions == 0) return OPDC_OK;
-  at->derivatives_bytes = (length + line - 1) / line * line;
-  if (at->derivatives_bytes < SIZE_MAX / (size_t)team)
-    at->derivatives = malloc(at->derivatives_bytes * (size_t)team);
-  if (at->derivatives) return OPDC_OK;
+  if (at->positions == 0) return OPDC_OK;
+  at->kept_bytes =
+      kept_bytes(at->constants.vocabulary, at->is_double ? sizeof(double) : sizeof(float));
+  if (at->kept_bytes < SIZE_MAX / (size_t)team) at->kept = malloc(at->kept_bytes * (size_t)team);
+  if (at->kept) return OPDC_OK;
   return fail(
       error, OPDC_OUT_OF_MEMORY,
       "out of memory: no room for %lld numbers, one for each id and thread; use fewer threads",
       (long long)team * (long long)at->constants.vocabulary);
 }
 
-static void write_gradient(const plan *at, int64_t index, double upstream,
-                           const void *derivatives) {
+static void write_gradient(const plan *at, int64_t index, double upstream, const void *kept) {
   const row *from = &at->rows[index];
   char *to = view_at(&at->gradient, index);
   if (from->active == 0) {
     memset(to, 0, (size_t)at->constants.width * (size_t)at->gradient.bytes);
   } else {
     const row_input input = input_at(at, index);
-    at->kernels->gradient(&at->constants, &input, from, from->factor * upstream, derivatives, to);
+    at->kernels->gradient(&at->constants, &input, from, from->factor * upstream, kept, to);
   }
 }
 
-static void settle_row(const plan *at, int64_t index, const void *derivatives) {
+static void settle_row(const plan *at, int64_t index) {
   if (at->rows[index].active != 0) {
     const row_input input = input_at(at, index);
     at->kernels->settle(&at->constants, &input, &at->rows[index]);
   }
-  if (at->with_gradient) write_gradient(at, index, 1, derivatives);
 }
 
 /* Loss and gradient of a row together, while it is in the cache; apart where a loss needs all
  * the advantages first. */
 static void measure_row(void *context, int64_t index, int thread) {
   const plan *at = context;
-  void *derivatives = derivatives_of(at, thread);
+  void *kept = kept_of(at, thread);
   if (at->rows[index].active != 0) {
     const row_input input = input_at(at, index);
-    at->kernels->measure(&at->constants, &input, &at->rows[index], derivatives);
+    at->kernels->measure(&at->constants, &input, &at->rows[index], kept);
   }
-  if (at->settings.discount == 0) settle_row(at, index, derivatives);
+  if (at->settings.discount != 0) return;
+  settle_row(at, index);
+  if (at->with_gradient) write_gradient(at, index, 1, kept);
 }
 
-/* Only policy losses are discounted, and they have no derivatives. */
-static void settle_discounted_row(void *context, int64_t index, int thread) {
-  (void)thread;
-  settle_row(context, index, NULL);
+/* The gradient of a row whose loss is known, from what is kept again. */
+static void differentiate_row(const plan *at, int64_t index, double upstream, int thread) {
+  void *kept = kept_of(at, thread);
+  if (at->rows[index].active != 0) {
+    const row_input input = input_at(at, index);
+    at->kernels->keep(&at->constants, &input, &at->rows[index], kept);
+  }
+  write_gradient(at, index, upstream, kept);
 }
 
-static void differentiate_row(void *context, int64_t index, int thread) {
+static void differentiate_settled_row(void *context, int64_t index, int thread) {
+  differentiate_row(context, index, 1, thread);
+}
+
+static void differentiate_saved_row(void *context, int64_t index, int thread) {
   const plan *at = context;
   const int per_position = at->call->reduction == OPDC_NONE;
   const char *upstream = per_position ? view_at(&at->upstream, index) : at->upstream.data;
-  void *derivatives = derivatives_of(at, thread);
-  if (derivatives && at->rows[index].active != 0) {
-    const row_input input = input_at(at, index);
-    at->kernels->derive(&at->constants, &input, &at->rows[index], derivatives);
-  }
-  write_gradient(at, index, load_element(upstream, at->upstream.type, 0), derivatives);
+  differentiate_row(at, index, load_element(upstream, at->upstream.type, 0), thread);
 }
 
 /* A fresh output of many pages costs more in page faults than in arithmetic: ask for huge ones
@@ -477,16 +478,18 @@ opdc_status opdc_loss(const opdc_call *call, const DLTensor *value, const DLTens
   at.constants.forward_kl = at.constants.forward_kl || metrics != NULL;
   at.constants.entropy = at.constants.entropy || metrics != NULL;
   at.constants.log_ratio = at.constants.log_ratio || metrics != NULL;
-  if (gradient) TRY(reserve_derivatives(&at, error));
+  if (gradient) TRY(reserve_kept(&at, error));
   if (gradient && at.gradient.data != at.student.data) prefer_huge_pages(&at.gradient);
 
   share_out(&at);
   for_each_row(at.positions, at.constants.width, call->threads, measure_row, &at);
   if (at.settings.discount != 0) {
     discount(&at);
-    for_each_row(at.positions, at.constants.width, call->threads, settle_discounted_row, &at);
+    for (int64_t i = 0; i < at.positions; i++) settle_row(&at, i);
+    if (at.with_gradient)
+      for_each_row(at.positions, at.constants.width, call->threads, differentiate_settled_row, &at);
   }
-  free(at.derivatives);
+  free(at.kept);
   reduce(&at, &value_at);
   if (metrics) gather_metrics(&at, metric_numbers);
   return OPDC_OK;
@@ -499,10 +502,10 @@ opdc_status opdc_gradient(const opdc_call *call, const DLTensor *rows, const DLT
   TRY(check_value("upstream", upstream, &at.student, call->reduction == OPDC_NONE, &at.upstream,
                   error));
   TRY(check_output("gradient", gradient, &at.student, &at.gradient, error));
-  TRY(reserve_derivatives(&at, error));
+  TRY(reserve_kept(&at, error));
   if (at.gradient.data != at.student.data) prefer_huge_pages(&at.gradient);
-  for_each_row(at.positions, at.constants.width, call->threads, differentiate_row, &at);
-  free(at.derivatives);
+  for_each_row(at.positions, at.constants.width, call->threads, differentiate_saved_row, &at);
+  free(at.kept);
   return OPDC_OK;
 }
 

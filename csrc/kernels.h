@@ -83,26 +83,34 @@ typedef struct row {
 } row;
 _Static_assert(sizeof(row) == OPDC_ROW * sizeof(double), "a row is OPDC_ROW doubles");
 
-/* `derivatives` is room for one number of the arithmetic for each id, and DERIVATIVES_PADDING
- * more: the derivatives u of a mixture divergence, which cost as much as the sums and come with
- * them. NULL where no gradient follows, or the element rule needs none (needs_derivatives). */
+/* What the pass that measures leaves for the gradient: one number of the arithmetic for each id, in
+ * blocks of BLOCK_BYTES, each followed by a cache line whose first number is the block's maximum.
+ *   mixture divergences   the derivatives u, which cost as much as the sums and come with them
+ *   all others            the student's exponentials relative to that maximum
+ * A pointer to it is NULL where no gradient follows. */
+#define BLOCK_BYTES 4096
+#define KEPT_LINE 64
+
+static inline size_t kept_bytes(int64_t vocabulary, size_t number) {
+  const size_t block = BLOCK_BYTES / number;
+  return ((size_t)vocabulary + block - 1) / block * (BLOCK_BYTES + KEPT_LINE);
+}
+
 typedef struct row_kernels {
   /* everything that takes a pass over the row, and the advantage */
-  void (*measure)(const row_call *call, const row_input *input, row *out, void *derivatives);
+  void (*measure)(const row_call *call, const row_input *input, row *out, void *kept);
   /* the token rule: loss and gradient coefficients from what was measured */
   void (*settle)(const row_call *call, const row_input *input, row *out);
-  /* the derivatives of a row that was measured before */
-  void (*derive)(const row_call *call, const row_input *input, const row *from, void *derivatives);
+  /* what measure kept, of a row that was measured before */
+  void (*keep)(const row_call *call, const row_input *input, const row *from, void *kept);
   /* factor times the gradient row; `to` may be the student's row */
   void (*gradient)(const row_call *call, const row_input *input, const row *from, double factor,
-                   const void *derivatives, void *to);
+                   const void *kept, void *to);
   /* to = factor * from */
   void (*scale)(const void *from, dtype type, int64_t count, double factor, void *to);
 } row_kernels;
 
-#define DERIVATIVES_PADDING 16
-
-static inline int needs_derivatives(element_rule rule) {
+static inline int is_mixture(element_rule rule) {
   return rule == element_jsd || rule == element_skew_forward || rule == element_skew_reverse;
 }
 

@@ -13,8 +13,8 @@
 #ifndef OPDC_ROW_H
 #define OPDC_ROW_H
 
-#define BLOCK (4096 / (int)sizeof(real)) /* ids in a block: a few arrays of 4 KiB */
-#define BATCH 64                         /* blocks whose results are combined at a time */
+#define BLOCK (BLOCK_BYTES / (int)sizeof(real)) /* ids in a block: a few arrays of 4 KiB */
+#define BATCH 64                                /* blocks whose results are combined at a time */
 #if OPDC_F64
 #  define GROUP 1 /* numbers that are summed side by side, in GROUP / LANES lanes */
 #else
@@ -403,8 +403,13 @@ static inline int block_length(int64_t start, int64_t vocabulary) {
   return vocabulary - start < BLOCK ? (int)(vocabulary - start) : BLOCK;
 }
 
+/* The block at `start` of what is kept for the gradient; its maximum is at [BLOCK]. */
+static inline real *kept_block(const void *kept, int64_t start) {
+  return (real *)kept + start / BLOCK * ((BLOCK_BYTES + KEPT_LINE) / (int)sizeof(real));
+}
+
 /* Masses of both models, their log-ratio and both KL divergences: one read of each row. */
-static void measure_pair(const row_call *call, const row_input *input, row *out) {
+static void measure_pair(const row_call *call, const row_input *input, row *out, void *kept) {
   const temperature T = temperature_of(call);
   block at;
   batch parts;
@@ -413,11 +418,13 @@ static void measure_pair(const row_call *call, const row_input *input, row *out)
     const int count = block_length(start, call->vocabulary), index = parts.count;
     const extremes xs = gather(input->student, call->student_type, start, count, at.x);
     const extremes ys = gather(input->teacher, call->teacher_type, start, count, at.y);
+    real *p = kept ? kept_block(kept, start) : at.p;
     const mass student = exponentials(call, at.x, start, count, xs.maximum, T,
-                                      block_after(input->student, call->student_type, start), at.p);
+                                      block_after(input->student, call->student_type, start), p);
     const mass teacher = exponentials(call, at.y, start, count, ys.maximum, T,
                                       block_after(input->teacher, call->teacher_type, start), at.q);
     kl_result result;
+    if (kept) p[BLOCK] = xs.maximum;
     if (!call->log_ratio) {
       result = (kl_result){0, 0, 0};
     } else if (1 + student.rest > 0 && 1 + teacher.rest > 0) {
@@ -429,7 +436,7 @@ static void measure_pair(const row_call *call, const row_input *input, row *out)
                            fmin((double)xs.minimum, (double)ys.minimum);
       /* -inf, or logits so far apart that their difference over T is: 0 times it is not 0 */
       const int masked = !(reach * (double)T.inverse < 1e38);
-      const kl_sums sums = kl_block(call, at.x, at.y, at.p, at.q, count, apart, ratio, masked);
+      const kl_sums sums = kl_block(call, at.x, at.y, p, at.q, count, apart, ratio, masked);
       result = kl_finish(sums, total, log_ratio);
     } else {
       result = kl_one_sided(student, teacher);
@@ -451,16 +458,18 @@ static void measure_pair(const row_call *call, const row_input *input, row *out)
 }
 
 /* The student alone. */
-static void measure_student(const row_call *call, const row_input *input, row *out) {
+static void measure_student(const row_call *call, const row_input *input, row *out, void *kept) {
   const temperature T = temperature_of(call);
   _Alignas(64) real x[BLOCK];
-  _Alignas(64) real e[BLOCK];
+  _Alignas(64) real own[BLOCK];
   real weights[BATCH + LANES];
   mass parts[BATCH];
   int index = 0;
   for (int64_t start = 0; start < call->vocabulary; start += BLOCK) {
     const int count = block_length(start, call->vocabulary);
     const extremes xs = gather(input->student, call->student_type, start, count, x);
+    real *e = kept ? kept_block(kept, start) : own;
+    if (kept) e[BLOCK] = xs.maximum;
     parts[index++] = exponentials(call, x, start, count, xs.maximum, T,
                                   block_after(input->student, call->student_type, start), e);
     if (index == BATCH) {
@@ -523,11 +532,11 @@ SPECIALISED lane excess_of(pair_of_masses pair) {
   return lane_keep(lane_less(lane_set(0), pair.high), lane_mul(pair.high, apart));
 }
 
-/* Value and mean derivative of a mixture divergence, into the row, and the derivatives if there
- * is room for them. */
-SPECIALISED void mixture_pass(const row_call *call, const row_input *input, row *out,
-                              real *derivatives, const element_rule rule, double log_ratio,
-                              const int separate, mixture_reference reference) {
+/* Value and mean derivative of a mixture divergence, into the row, and the derivatives if they are
+ * to be kept. */
+SPECIALISED void mixture_pass(const row_call *call, const row_input *input, row *out, void *kept,
+                              const element_rule rule, double log_ratio, const int separate,
+                              mixture_reference reference) {
   const row_constants constants = constants_of(call, out, log_ratio);
   const mixture_weights weights = {(real)call->teacher_weight, (real)call->student_weight};
   double value = 0, mean = 0, excess = 0;
@@ -544,7 +553,7 @@ SPECIALISED void mixture_pass(const row_call *call, const row_input *input, row 
     const real *y = block_at(input->teacher, call->teacher_type, start, count, at.y);
     const next_block ahead = block_after(input->student, call->student_type, start);
     const next_block ahead_of_teacher = block_after(input->teacher, call->teacher_type, start);
-    real *u = derivatives ? derivatives + start : at.p;
+    real *u = kept ? kept_block(kept, start) : at.p;
     group values = group_of(0), means = group_of(0), excesses = group_of(0);
     /* In two loops: one would be a chain of dependent operations too long for the processor to
      * overlap two of them. */
@@ -584,8 +593,7 @@ SPECIALISED void mixture_pass(const row_call *call, const row_input *input, row 
   out->mean = mean;
 }
 
-static void measure_mixture(const row_call *call, const row_input *input, row *out,
-                            real *derivatives) {
+static void measure_mixture(const row_call *call, const row_input *input, row *out, void *kept) {
   const temperature T = temperature_of(call);
   const real ratio = (real)((1 + out->student.rest) / (1 + out->teacher.rest));
   const double log_ratio = log_ratio_of_masses(out->student, out->teacher, ratio, T);
@@ -601,9 +609,9 @@ static void measure_mixture(const row_call *call, const row_input *input, row *o
 #define PASS(rule)                                                                                 \
 case rule:                                                                                         \
   if (separate)                                                                                    \
-    mixture_pass(call, input, out, derivatives, rule, log_ratio, 1, reference);                    \
+    mixture_pass(call, input, out, kept, rule, log_ratio, 1, reference);                           \
   else                                                                                             \
-    mixture_pass(call, input, out, derivatives, rule, log_ratio, 0, reference);                    \
+    mixture_pass(call, input, out, kept, rule, log_ratio, 0, reference);                           \
   break
   switch (call->element) {
     PASS(element_jsd);
@@ -616,14 +624,14 @@ case rule:                                                                      
 
 /* --- The kernels of an instruction set -------------------------------------------------------- */
 
-static void measure(const row_call *call, const row_input *input, row *out, void *derivatives) {
+static void measure(const row_call *call, const row_input *input, row *out, void *kept) {
   const double inverse = (double)temperature_of(call).inverse;
   out->teacher = (mass){NAN, NAN, NAN, NAN};
   out->reverse_kl = out->forward_kl = NAN;
   if (input->teacher)
-    measure_pair(call, input, out);
+    measure_pair(call, input, out, is_mixture(call->element) ? NULL : kept);
   else
-    measure_student(call, input, out);
+    measure_student(call, input, out, kept);
   if (1 + out->student.rest == 0)
     out->student.rest = NAN; /* no id that exists: a row without a loss */
   if (input->teacher && 1 + out->teacher.rest == 0) out->teacher.rest = NAN;
@@ -633,8 +641,8 @@ static void measure(const row_call *call, const row_input *input, row *out, void
   if (out->student.rest != out->student.rest ||
       (input->teacher && out->teacher.rest != out->teacher.rest))
     out->divergence = NAN;
-  else if (needs_derivatives(call->element))
-    measure_mixture(call, input, out, derivatives);
+  else if (is_mixture(call->element))
+    measure_mixture(call, input, out, kept);
 
   if (input->token >= 0) {
     const double z = load_element(input->student, call->student_type, input->token);
@@ -653,36 +661,35 @@ static void measure(const row_call *call, const row_input *input, row *out, void
   }
 }
 
-static void derive(const row_call *call, const row_input *input, const row *from,
-                   void *derivatives) {
+static void keep(const row_call *call, const row_input *input, const row *from, void *kept) {
   row again = *from;
-  if (is_finite(from->loss)) measure_mixture(call, input, &again, derivatives);
+  if (!is_finite(from->loss)) return;
+  if (is_mixture(call->element))
+    measure_mixture(call, input, &again, kept);
+  else
+    measure_student(call, input, &again, kept);
 }
 
 /* The gradient of one lane: scaled (u - p mean), with what each element rule has for it, minus
  * token p: `scaled` is a factor / T, `token` b factor / T. `constant` is -mean, or what else the
- * rule adds to each id. */
+ * rule adds to each id; `derivative` is the u of a mixture. */
 SPECIALISED lane gradient_rule(const element_rule rule, const int with_token, lane x, lane y,
-                               lane derivative, const row_constants *at, lane scaled, lane constant,
-                               lane token) {
+                               lane p, lane derivative, const row_constants *at, lane scaled,
+                               lane constant, lane token) {
   const lane zero = lane_set(0);
-  lane p, shape;
-  if (rule == element_none) return lane_mul(lane_sub(zero, token), student_mass(x, at));
+  lane shape;
+  if (rule == element_none) return lane_mul(lane_sub(zero, token), p);
   if (rule == element_forward_kl) { /* p - q */
-    const pair_of_masses pair = pair_at(x, y, at);
-    shape = excess_of(pair);
-    p = lane_keep(lane_less(zero, pair.high),
-                  lane_select(pair.teacher_higher, lane_mul(pair.high, pair.ratio), pair.high));
+    const lane below = bounded_exponent(lane_sub(y, at->teacher_maximum), at->base);
+    const lane q = lane_mul(exponential(below, at->base), at->teacher_inverse);
+    shape = kl_rule(p, q, log_ratio_of(x, y, at->apart), 1).excess;
   } else if (rule ==
              element_reverse_kl) { /* p (d - RKL), with -RKL in the constants of d; 0 where p is */
-    p = student_mass(x, at);
     shape = lane_keep(lane_less(zero, p), lane_mul(p, log_ratio_of(x, y, at->apart)));
   } else if (rule == element_entropy) { /* -p (s + H); log Z cancels in s + H */
     const lane below = bounded_exponent(lane_sub(x, at->student_maximum), at->base);
-    p = lane_mul(exponential(below, at->base), at->student_inverse);
     shape = lane_mul(p, lane_fma(below, lane_set(-at->apart.inverse), constant));
   } else { /* u - p mean */
-    p = student_mass(x, at);
     shape = lane_fma(p, constant, derivative);
   }
   if (!with_token) return lane_mul(scaled, shape);
@@ -690,12 +697,12 @@ SPECIALISED lane gradient_rule(const element_rule rule, const int with_token, la
 }
 
 SPECIALISED void gradient_pass(const row_call *call, const row_input *input, const row *from,
-                               double factor, const real *derivatives, void *to,
-                               const element_rule rule, const int with_token) {
+                               double factor, const void *kept, void *to, const element_rule rule,
+                               const int with_token) {
   const double per_logit = factor * (double)temperature_of(call).inverse,
                token_part = from->token_coefficient * per_logit;
-  const int with_teacher = rule == element_reverse_kl || rule == element_forward_kl;
-  const int with_derivatives = needs_derivatives(rule);
+  const int with_student = rule != element_none, mixture = is_mixture(rule),
+            with_teacher = rule == element_reverse_kl || rule == element_forward_kl;
   const double moment = from->student.moment / (1 + from->student.rest);
   const lane constant = lane_set((real)(rule == element_entropy ? moment : -from->mean));
   const lane scaled = lane_set((real)(from->divergence_coefficient * per_logit)),
@@ -710,26 +717,32 @@ SPECIALISED void gradient_pass(const row_call *call, const row_input *input, con
   block at;
   for (int64_t start = 0; start < call->vocabulary; start += BLOCK) {
     const int count = block_length(start, call->vocabulary);
-    const real *x = block_at(input->student, call->student_type, start, count, at.x), *y = x,
-               *u = x;
-    const next_block ahead = block_after(input->student, call->student_type, start);
+    const real *k = kept_block(kept, start), *x = k, *y = k;
+    const next_block ahead = block_after(to, call->student_type, start);
     real *out = is_in_place(call->student_type, count) ? (real *)to + start : at.p;
     group sum = group_of(0);
-    lane without = lane_set(0);
+    lane without = lane_set(0), weight = lane_set(0);
     const int64_t place = input->token - start; /* of the token, if it is in this block */
     const int has_token = with_token && token_part != 0 && place >= 0 && place < count;
+    if (with_student) x = block_at(input->student, call->student_type, start, count, at.x);
     if (with_teacher) y = block_at(input->teacher, call->teacher_type, start, count, at.y);
-    if (with_derivatives) u = derivatives + start;
+    if (!mixture) weight = student_mass(lane_set(k[BLOCK]), &constants);
+#define GRADIENT(load, i, token)                                                                   \
+  gradient_rule(rule, with_token, load(x + (i)), load(y + (i)),                                    \
+                mixture ? student_mass(load(x + (i)), &constants)                                  \
+                        : lane_mul(load(k + (i)), weight),                                         \
+                load(k + (i)), &constants, scaled, constant, token)
+#define LOAD_ONE(from) lane_set(*(from))
     if (has_token) /* before the logits are overwritten */
-      without = gradient_rule(rule, with_token, lane_set(x[place]), lane_set(y[place]),
-                              lane_set(u[place]), &constants, scaled, constant, lane_set(0));
+      without = GRADIENT(LOAD_ONE, place, lane_set(0));
     FOR_EACH_LANE(count) {
-      const lane g = gradient_rule(rule, with_token, lane_load(x + i), lane_load(y + i),
-                                   lane_load(u + i), &constants, scaled, constant, token);
+      const lane g = GRADIENT(lane_load, i, token);
       prefetch(ahead, i, part);
       if (rule != element_none) group_add(&sum, part, g);
       lane_store(out + i, g);
     }
+#undef GRADIENT
+#undef LOAD_ONE
     if (has_token) /* b (1 - p_y), from 1 - p_y itself: p_y is too near to 1 to be subtracted from
                       it */
       out[place] = (real)((double)lane_maximum(without) + token_part * from->token_rest);
@@ -745,13 +758,13 @@ SPECIALISED void gradient_pass(const row_call *call, const row_input *input, con
 }
 
 static void gradient(const row_call *call, const row_input *input, const row *from, double factor,
-                     const void *derivatives, void *to) {
+                     const void *kept, void *to) {
   if (!is_finite(from->loss)) {
     fill(NAN, call->student_type, 0, call->vocabulary, to);
   } else {
     switch (call->element) {
 #define PASS(rule, with_token)                                                                     \
-case rule: gradient_pass(call, input, from, factor, derivatives, to, rule, with_token); break
+case rule: gradient_pass(call, input, from, factor, kept, to, rule, with_token); break
       PASS(element_none, 1);
       PASS(element_reverse_kl, 0);
       PASS(element_forward_kl, 0);

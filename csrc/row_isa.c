@@ -88,10 +88,10 @@ void KERNEL(settle)(const row_call *call, const row_input *input, row *at) {
 
 #if OPDC_F64
 const row_kernels JOIN(row_kernels_f64, OPDC_ISA);
-const row_kernels JOIN(row_kernels_f64, OPDC_ISA) = {measure, KERNEL(settle), derive, gradient,
+const row_kernels JOIN(row_kernels_f64, OPDC_ISA) = {measure, KERNEL(settle), keep, gradient,
                                                      scale};
 #else
 const row_kernels JOIN(row_kernels_f32, OPDC_ISA);
-const row_kernels JOIN(row_kernels_f32, OPDC_ISA) = {measure, KERNEL(settle), derive, gradient,
+const row_kernels JOIN(row_kernels_f32, OPDC_ISA) = {measure, KERNEL(settle), keep, gradient,
                                                      scale};
 #endif
