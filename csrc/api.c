@@ -52,9 +52,27 @@ opdc_method opdc_method_of(const char *name) {
   X(k3, add, METRIC_LOG_RATIO, of->k3)                                                             \
   X(log_ratio_min, minimum, METRIC_LOG_RATIO, of->token_log_ratio)                                 \
   X(log_ratio_max, maximum, METRIC_LOG_RATIO, of->token_log_ratio)                                 \
-  X(clipped, add, METRIC_CLIP, of->clipped)
+  X(clipped, add, METRIC_CLIP, of->clipped)                                                        \
+  X(trusted, add, METRIC_TRUST, of->trusted)                                                       \
+  X(gated, add, METRIC_GATE, of->gated)                                                            \
+  X(selected, add, METRIC_SELECTION, of->selected)                                                 \
+  X(student_mass, add, METRIC_SUPPORT, of->support_student)                                        \
+  X(teacher_mass, add, METRIC_SUPPORT, of->support_teacher)                                        \
+  X(overlap, add, METRIC_SUPPORT, of->overlap)                                                     \
+  X(slots, add, METRIC_SUPPORT, of->slots)
 
-enum { METRIC_ALWAYS, METRIC_TEACHER_LOGITS, METRIC_LOG_RATIO, METRIC_CLIP };
+/* All but the first are of a comparison: positions that the teacher wrote have none. */
+enum {
+  METRIC_ALWAYS,
+  METRIC_TEACHER_LOGITS,
+  METRIC_LOG_RATIO,
+  METRIC_CLIP,
+  METRIC_TRUST,
+  METRIC_GATE,
+  METRIC_SELECTION,
+  METRIC_SUPPORT,
+  METRIC_KINDS
+};
 typedef enum metric {
 #define METRIC(name, reduce, when, value) metric_##name,
   METRICS(METRIC)
@@ -72,14 +90,25 @@ const char *opdc_metric_name(int index) {
   return index >= 0 && index < METRIC_COUNT ? names[index] : NULL;
 }
 
-uint64_t opdc_method_metrics(opdc_method method, int teacher_logits) {
+static int is_clipped(token_rule rule) {
+  return rule == token_policy || rule == token_tropd || rule == token_eopd;
+}
+static int selects(token_rule rule) {
+  return rule == token_reopold_exploration || rule == token_reopold_refinement;
+}
+
+uint64_t opdc_method_metrics(opdc_method method, int teacher_logits, opdc_support support) {
   uint64_t mask = 0;
-  int has[4] = {1, 0, 0, 0};
+  int has[METRIC_KINDS] = {1};
   if (method < 0 || method >= METHOD_COUNT) return 0;
   has[METRIC_TEACHER_LOGITS] =
       teacher_logits && methods[method].needs & (NEEDS_TEACHER | NEEDS_TEACHER_LOGITS);
   has[METRIC_LOG_RATIO] = (methods[method].needs & NEEDS_TEACHER) != 0;
-  has[METRIC_CLIP] = methods[method].token == token_policy;
+  has[METRIC_CLIP] = is_clipped(methods[method].token);
+  has[METRIC_TRUST] = methods[method].token == token_tropd;
+  has[METRIC_GATE] = methods[method].token == token_eopd || methods[method].token == token_aopd;
+  has[METRIC_SELECTION] = selects(methods[method].token);
+  has[METRIC_SUPPORT] = support != OPDC_FULL;
 #define METRIC(name, reduce, when, value)                                                          \
   if (has[when]) mask |= (uint64_t)1 << metric_##name;
   METRICS(METRIC)
@@ -98,14 +127,15 @@ typedef struct plan {
   const method_entry *method;
   const row_kernels *kernels;
   row_call constants;
-  opdc_settings settings;
   view student, teacher, tokens, mask, weights, teacher_logprobs, old_logprobs, reference_logprobs;
+  view slot_ids, slot_logprobs, teacher_entropy, tail_logprobs, prefix_mask, uniforms;
   view gradient, upstream;
   row *rows;
   int64_t positions, sequence; /* all positions; length of the last position axis */
   int is_double, with_gradient;
-  char *kept; /* for each thread what measure leaves for the gradient, or NULL */
-  size_t kept_bytes;
+  int in_phases; /* the loss of a row waits for what is measured of others */
+  char *memory;  /* for each thread its workspace, or NULL */
+  size_t memory_bytes;
 } plan;
 
 static opdc_status check_range(const char *name, double x, double least, double most,
@@ -115,14 +145,11 @@ static opdc_status check_range(const char *name, double x, double least, double 
 }
 
 static opdc_status check_settings(plan *out, opdc_error *error) {
-  const opdc_settings *at = &out->settings;
-  /* log2(e) / T must be a number, and so must the T-fold of the lowest exponent */
-  const double largest = out->is_double ? 1e300 : 1e36;
+  const opdc_settings *at = &out->constants.settings;
   double *numbers;
   TRY(check_doubles("settings", out->call->settings, -1, OPDC_SETTINGS, &numbers, error));
-  memcpy(&out->settings, numbers, sizeof out->settings);
-  TRY(check_range("temperature", at->temperature, 1 / largest, largest, "a finite number above 0",
-                  error));
+  memcpy(&out->constants.settings, numbers, sizeof out->constants.settings);
+  TRY(check_temperature(at->temperature, out->is_double, error));
   switch (out->method->element) {
   case element_jsd: TRY(check_range("beta", at->mixture, 0, 1, "a number in [0, 1]", error)); break;
   case element_skew_forward:
@@ -136,6 +163,28 @@ static opdc_status check_settings(plan *out, opdc_error *error) {
   TRY(check_range("clip_range", at->clip_high, 0, INFINITY, "numbers of at least 0", error));
   TRY(check_range("discount", at->discount, 0, 1, "a number in [0, 1]", error));
   TRY(check_range("reward_scale", at->reward_scale, -1e300, 1e300, "a finite number", error));
+  switch (out->method->token) {
+  case token_tropd:
+    if (at->threshold == at->threshold) /* NaN: the default */
+      TRY(check_range("threshold", at->threshold, -INFINITY, 1e300, "a log-ratio", error));
+    TRY(check_range("prefix_weight", at->prefix_weight, -1e300, 1e300, "a finite number", error));
+    break;
+  case token_eopd:
+    TRY(check_range("entropy_threshold", at->entropy_threshold, -INFINITY, INFINITY,
+                    "an entropy in nats", error));
+    TRY(check_range("forward_weight", at->forward_weight, -1e300, 1e300, "a finite number", error));
+    break;
+  case token_aopd:
+    TRY(check_range("threshold", at->threshold, -INFINITY, INFINITY,
+                    "a difference of probabilities", error));
+    break;
+  case token_reopold_exploration:
+  case token_reopold_refinement:
+    TRY(check_range("mixture", at->mixture, 0, 1, "a number in [0, 1]", error));
+    TRY(check_range("keep", at->keep, 1e-300, 1, "a fraction above 0, at most 1", error));
+    break;
+  default: break;
+  }
   if (at->num_items == at->num_items) /* NaN: not given */
     TRY(check_range("num_items", at->num_items, 0, 1e300, "a count of at least 0", error));
   return OPDC_OK;
@@ -180,10 +229,165 @@ static opdc_status check_token_range(const plan *at, opdc_error *error) {
   return OPDC_OK;
 }
 
+static int is_prefix(const plan *at, int64_t index) {
+  return at->prefix_mask.tensor && *view_at(&at->prefix_mask, index) != 0;
+}
+
+/* The number of a position whose teacher is read, from a sparse teacher. */
+static opdc_status check_slots_of(const plan *at, int64_t index, int64_t *sorted,
+                                  opdc_error *error) {
+  const int64_t slots = at->constants.k;
+  const char *ids = view_at(&at->slot_ids, index), *logprobs = view_at(&at->slot_logprobs, index);
+  double total = 0;
+  int64_t count = 0;
+  for (int64_t slot = 0; slot < slots; slot++) {
+    const int64_t id = at->slot_ids.bytes == 8 ? ((const int64_t *)(const void *)ids)[slot]
+                                               : ((const int32_t *)(const void *)ids)[slot];
+    int64_t place = count;
+    if (id < 0) continue;
+    if (id >= at->constants.vocabulary)
+      return fail(error, OPDC_INVALID_VALUE,
+                  "teacher.ids: got id %lld at position %lld, want ids below %lld, and a negative "
+                  "one in a slot that is missing",
+                  (long long)id, (long long)index, (long long)at->constants.vocabulary);
+    total += exp(load_element(logprobs, at->slot_logprobs.type, slot));
+    while (place > 0 && sorted[place - 1] > id) place--;
+    if (place > 0 && sorted[place - 1] == id)
+      return fail(error, OPDC_INVALID_VALUE,
+                  "teacher.ids: got id %lld twice at position %lld, want each id once",
+                  (long long)id, (long long)index);
+    memmove(sorted + place + 1, sorted + place, (size_t)(count - place) * sizeof *sorted);
+    sorted[place] = id;
+    count++;
+  }
+  if (total > 1 + 1e-4)
+    return fail(
+        error, OPDC_INVALID_VALUE,
+        "teacher.logprobs: got a mass of %g at position %lld, want log-probs over the whole "
+        "vocabulary, whose mass is at most 1",
+        total, (long long)index);
+  return OPDC_OK;
+}
+
+static opdc_status check_slots(plan *out, opdc_error *error) {
+  const opdc_call *call = out->call;
+  opdc_status status = OPDC_OK;
+  int64_t *sorted;
+  TRY(check_slot_tensor("teacher.ids", call->slot_ids, &out->student, 1, &out->slot_ids, error));
+  TRY(check_slot_tensor("teacher.logprobs", call->slot_logprobs, &out->student, 0,
+                        &out->slot_logprobs, error));
+  const int64_t slots = call->slot_ids->shape[out->slot_ids.leading],
+                others = call->slot_logprobs->shape[out->slot_logprobs.leading];
+  if (slots != others)
+    return fail(error, OPDC_INVALID_VALUE,
+                "teacher.logprobs: got %lld slots, teacher.ids has %lld; want one log-prob for "
+                "each id",
+                (long long)others, (long long)slots);
+  if (call->k != slots)
+    return fail(error, OPDC_INVALID_VALUE,
+                "k: got %lld, the teacher has %lld slots; leave k out or make them equal",
+                (long long)call->k, (long long)slots);
+  if (call->support != OPDC_TEACHER && call->support != OPDC_TEACHER_TOKEN)
+    return fail(error, OPDC_INVALID_VALUE,
+                "support: a teacher that is known on K ids has the supports \"teacher\" and "
+                "\"teacher+token\"; give its logits for any other");
+  if (call->support == OPDC_TEACHER_TOKEN && !call->teacher_logprobs)
+    return fail(error, OPDC_INVALID_TYPE,
+                "teacher.token_logprobs: got None, want its log-probs of the tokens, which "
+                "support=\"teacher+token\" needs");
+  if (call->support == OPDC_TEACHER_TOKEN && call->tail_logprobs)
+    return fail(error, OPDC_INVALID_VALUE,
+                "teacher.tail_logprob: is the mass off the teacher's ids, but "
+                "support=\"teacher+token\" adds one; leave it out");
+  TRY(check_numbers("teacher.tail_logprob", call->tail_logprobs, &out->student, &out->tail_logprobs,
+                    error));
+  out->constants.k = slots;
+  sorted = malloc((size_t)slots * sizeof *sorted);
+  if (!sorted)
+    return fail(error, OPDC_OUT_OF_MEMORY, "out of memory: no room for %lld ids", (long long)slots);
+  for (int64_t i = 0; i < out->positions && status == OPDC_OK; i++)
+    if (is_active(out, i) && !is_prefix(out, i)) status = check_slots_of(out, i, sorted, error);
+  free(sorted);
+  return status;
+}
+
+static opdc_status check_support(plan *out, opdc_error *error) {
+  const opdc_call *call = out->call;
+  const element_rule element = out->method->element;
+  row_call *to = &out->constants;
+  to->support = call->support;
+  to->normalize = call->normalize;
+  to->k = call->k;
+  if (call->support < OPDC_FULL || call->support > OPDC_TEACHER_TOKEN)
+    return fail(error, OPDC_INVALID_VALUE, "support: got %d, want one of opdc_support",
+                (int)call->support);
+  if (call->support == OPDC_FULL) {
+    if (out->method->needs & NEEDS_SUPPORT)
+      return fail(error, OPDC_INVALID_VALUE,
+                  "support: got the whole vocabulary, want a part of it");
+    return OPDC_OK;
+  }
+  if (call->normalize < OPDC_PLAIN || call->normalize > OPDC_GENERALIZED)
+    return fail(error, OPDC_INVALID_VALUE, "normalize: got %d, want one of opdc_normalize",
+                (int)call->normalize);
+  if (element != element_reverse_kl && element != element_forward_kl && element != element_jsd)
+    return fail(error, OPDC_INVALID_VALUE, "support: this method has none but the vocabulary");
+  if (call->normalize == OPDC_GENERALIZED && element != element_reverse_kl)
+    return fail(
+        error, OPDC_INVALID_VALUE,
+        "normalize: got \"generalized\", which is defined for the reverse KL only; use \"tail\"");
+  if (element == element_jsd && call->normalize != OPDC_BOTH && call->normalize != OPDC_TAIL)
+    return fail(error, OPDC_INVALID_VALUE,
+                "normalize: got \"%s\", but a Jensen-Shannon divergence on a support is defined "
+                "for \"both\" and \"tail\" only",
+                call->normalize == OPDC_PLAIN ? "none" : "teacher");
+  if (call->support == OPDC_TEACHER_TOKEN && !call->tokens)
+    return fail(error, OPDC_INVALID_TYPE,
+                "tokens: got None, want the ids that support=\"teacher+token\" adds");
+  if (call->k < 1 || call->k > to->vocabulary)
+    if (!call->slot_ids || call->k < 1)
+      return fail(error, OPDC_INVALID_VALUE, "k: got %lld, want a number of ids from 1 to %lld",
+                  (long long)call->k, (long long)to->vocabulary);
+  if (call->normalize == OPDC_BOTH && call->k == 1 && call->support != OPDC_TEACHER_TOKEN)
+    return fail(
+        error, OPDC_INVALID_VALUE,
+        "k: got 1 with normalize=\"both\": one id has all the mass in both models, the loss "
+        "is always 0; want at least 2");
+  return OPDC_OK;
+}
+
+static opdc_status check_tropd(plan *out, opdc_error *error) {
+  const opdc_call *call = out->call;
+  row_call *to = &out->constants;
+  to->region = call->region;
+  to->outlier = call->outlier;
+  if (call->region < OPDC_SAMPLED || call->region > OPDC_THRESHOLD)
+    return fail(error, OPDC_INVALID_VALUE, "region: got %d, want one of opdc_region",
+                (int)call->region);
+  if (call->outlier < OPDC_OUTLIER_FORWARD_KL || call->outlier > OPDC_OUTLIER_CLIP)
+    return fail(error, OPDC_INVALID_VALUE, "outlier: got %d, want one of opdc_outlier",
+                (int)call->outlier);
+  if (out->method->token != token_tropd || call->region != OPDC_SAMPLED) return OPDC_OK;
+  if (!call->uniforms)
+    return fail(error, OPDC_INVALID_TYPE,
+                "uniforms: got None, want a number in [0, 1) for each position");
+  TRY(check_numbers("uniforms", call->uniforms, &out->student, &out->uniforms, error));
+  for (int64_t i = 0; i < out->positions; i++) {
+    double uniform;
+    if (!is_active(out, i) || is_prefix(out, i)) continue;
+    uniform = view_number(&out->uniforms, i, 0);
+    if (!(uniform >= 0 && uniform < 1))
+      return fail(error, OPDC_INVALID_VALUE,
+                  "uniforms: got %g at position %lld, want numbers in [0, 1), as of torch.rand",
+                  uniform, (long long)i);
+  }
+  return OPDC_OK;
+}
+
 /* A mixture with all its weight on one model is a KL divergence: by definition for jsd, as the
  * limit for skew. */
 static void choose_rule(plan *out) {
-  const double mixture = out->settings.mixture;
+  const double mixture = out->constants.settings.mixture;
   row_call *to = &out->constants;
   to->element = out->method->element;
   to->token = out->method->token;
@@ -193,6 +397,34 @@ static void choose_rule(plan *out) {
   if (to->element == element_jsd && mixture == 1) to->element = element_reverse_kl;
   if (to->element == element_skew_forward && mixture == 0) to->element = element_forward_kl;
   if (to->element == element_skew_reverse && mixture == 0) to->element = element_reverse_kl;
+}
+
+/* What the rows are told, and what is to be measured of them: as little as the loss needs. */
+static void describe_call(plan *out) {
+  row_call *to = &out->constants;
+  const int whole = !has_support(to), of_tokens = (out->method->needs & NEEDS_TOKENS) != 0;
+  to->reverse_kl = whole && to->element == element_reverse_kl;
+  to->forward_kl = whole && to->element == element_forward_kl;
+  to->entropy = to->element == element_entropy || to->token == token_eopd ||
+                to->token == token_reopold_refinement;
+  to->log_ratio = !whole || !is_mixture(to->element);
+  to->student_mass = to->teacher_mass = whole || of_tokens || to->normalize != OPDC_BOTH;
+  to->advantage = out->call->advantage;
+  to->student_type = out->student.type;
+  to->teacher_type = out->teacher.type;
+  to->slot_type = out->slot_logprobs.type;
+  to->slot_bytes = out->slot_ids.bytes;
+  to->is_double = out->is_double;
+  to->has_old = out->old_logprobs.tensor != NULL;
+  to->has_reference = out->reference_logprobs.tensor != NULL;
+  to->has_tail = out->tail_logprobs.tensor != NULL;
+  out->in_phases = to->settings.discount != 0 || selects(to->token);
+}
+
+/* Metrics are of the whole distributions, whatever the loss reads. */
+static void describe_metrics(row_call *to) {
+  to->reverse_kl = to->forward_kl = to->entropy = to->log_ratio = 1;
+  to->student_mass = to->teacher_mass = to->overlap = 1;
 }
 
 static opdc_status make_plan(const opdc_call *call, const DLTensor *rows, plan *out,
@@ -230,6 +462,14 @@ static opdc_status make_plan(const opdc_call *call, const DLTensor *rows, plan *
             error, OPDC_INVALID_VALUE,
             "teacher: got size %lld in axis %d, the student has %lld; align their positions",
             (long long)call->teacher->shape[i], i, (long long)call->student->shape[i]);
+  } else if (call->slot_ids && call->slot_logprobs && call->support != OPDC_FULL) {
+    if (needs & NEEDS_TEACHER && !call->teacher_logprobs)
+      return fail(error, OPDC_INVALID_TYPE,
+                  "teacher.token_logprobs: got None, want the teacher's log-probs of the tokens");
+    if (out->method->token == token_eopd && !call->teacher_entropy)
+      return fail(error, OPDC_INVALID_TYPE,
+                  "teacher.entropy: got None, want the teacher's entropies, which its top K cannot "
+                  "give");
   } else if (needs & NEEDS_TEACHER_LOGITS) {
     return fail(error, OPDC_INVALID_TYPE,
                 "teacher: got None, want logits of shape (..., vocabulary)");
@@ -237,15 +477,18 @@ static opdc_status make_plan(const opdc_call *call, const DLTensor *rows, plan *
     if (!call->teacher_logprobs)
       return fail(error, OPDC_INVALID_TYPE,
                   "teacher: got None, want its logits or its log-probs of the tokens");
-    TRY(check_numbers("teacher", call->teacher_logprobs, &out->student, &out->teacher_logprobs,
-                      error));
   }
-  if (needs & NEEDS_TOKENS) {
+  TRY(check_numbers(call->slot_ids ? "teacher.token_logprobs" : "teacher", call->teacher_logprobs,
+                    &out->student, &out->teacher_logprobs, error));
+  TRY(check_numbers("teacher.entropy", call->teacher_entropy, &out->student, &out->teacher_entropy,
+                    error));
+  if (needs & NEEDS_TOKENS || call->support == OPDC_TEACHER_TOKEN) {
     if (!call->tokens)
       return fail(error, OPDC_INVALID_TYPE, "tokens: got None, want the sampled ids, int64");
     TRY(check_tokens("tokens", call->tokens, &out->student, &out->tokens, error));
   }
   TRY(check_mask("mask", call->mask, &out->student, &out->mask, error));
+  TRY(check_mask("prefix_mask", call->prefix_mask, &out->student, &out->prefix_mask, error));
   TRY(check_numbers("weights", call->weights, &out->student, &out->weights, error));
   TRY(check_numbers("old_logprobs", call->old_logprobs, &out->student, &out->old_logprobs, error));
   TRY(check_numbers("reference_logprobs", call->reference_logprobs, &out->student,
@@ -258,67 +501,96 @@ static opdc_status make_plan(const opdc_call *call, const DLTensor *rows, plan *
   out->positions = count_positions(call->student, out->student.leading);
   out->sequence = out->student.leading ? call->student->shape[out->student.leading - 1] : 1;
   TRY(check_token_range(out, error));
+  TRY(check_support(out, error));
+  TRY(check_tropd(out, error));
+  if (has_support(&out->constants) && !call->teacher) TRY(check_slots(out, error));
   TRY(check_doubles("rows", rows, out->positions, OPDC_ROW, &row_numbers, error));
   out->rows = (row *)(void *)row_numbers;
 
   choose_rule(out);
-  out->constants.reverse_kl = out->constants.element == element_reverse_kl;
-  out->constants.forward_kl = out->constants.element == element_forward_kl;
-  out->constants.entropy = out->constants.element == element_entropy;
-  out->constants.log_ratio = !is_mixture(out->constants.element);
-  out->constants.temperature = out->settings.temperature;
-  out->constants.clip_low = out->settings.clip_low;
-  out->constants.clip_high = out->settings.clip_high;
-  out->constants.reward_scale = out->settings.reward_scale;
-  out->constants.advantage = call->advantage;
-  out->constants.student_type = out->student.type;
-  out->constants.teacher_type = out->teacher.type;
-  out->constants.has_old = out->old_logprobs.tensor != NULL;
-  out->constants.has_reference = out->reference_logprobs.tensor != NULL;
+  describe_call(out);
   return OPDC_OK;
 }
 
 static row_input input_at(const plan *at, int64_t index) {
-  return (row_input){.student = view_at(&at->student, index),
-                     .teacher = at->teacher.tensor ? view_at(&at->teacher, index) : NULL,
+  row_input input = {.student = view_at(&at->student, index),
                      .token = at->tokens.tensor ? token_at(&at->tokens, index) : -1,
-                     .teacher_logprob = view_number(&at->teacher_logprobs, index, NAN),
-                     .old_logprob = view_number(&at->old_logprobs, index, NAN),
-                     .reference_logprob = view_number(&at->reference_logprobs, index, NAN)};
+                     .teacher_logprob = NAN,
+                     .old_logprob = NAN,
+                     .reference_logprob = NAN,
+                     .teacher_entropy = NAN,
+                     .tail_logprob = NAN,
+                     .uniform = NAN,
+                     .prefix = is_prefix(at, index)};
+  if (input.prefix) return input;
+  if (at->teacher.tensor) input.teacher = view_at(&at->teacher, index);
+  if (at->slot_ids.tensor) {
+    input.slot_ids = view_at(&at->slot_ids, index);
+    input.slot_logprobs = view_at(&at->slot_logprobs, index);
+  }
+  input.teacher_logprob = view_number(&at->teacher_logprobs, index, NAN);
+  input.old_logprob = view_number(&at->old_logprobs, index, NAN);
+  input.reference_logprob = view_number(&at->reference_logprobs, index, NAN);
+  input.teacher_entropy = view_number(&at->teacher_entropy, index, NAN);
+  input.tail_logprob = view_number(&at->tail_logprobs, index, NAN);
+  input.uniform = view_number(&at->uniforms, index, NAN);
+  return input;
 }
 
 /* --- Reductions ------------------------------------------------------------------------------- */
 
-/* Clears the rows and gives each its share of the value: its weight over the denominators. */
+/* Clears the rows and marks those that take part. */
+static void activate(plan *at) {
+  const double given = at->constants.settings.num_items;
+  memset(at->rows, 0, (size_t)at->positions * sizeof(row));
+  if (given == 0) return; /* a share of nothing is not evaluated: 0, where 0 / 0 would be NaN */
+  for (int64_t i = 0; i < at->positions; i++)
+    at->rows[i].active = at->rows[i].selected = is_active(at, i);
+}
+
+/* Gives each row its share of the value: its weight over the denominators. */
 static void share_out(plan *at) {
   const opdc_reduction reduction = at->call->reduction;
-  const double given = at->settings.num_items;
+  const double given = at->constants.settings.num_items;
   const int64_t length = at->sequence > 0 ? at->sequence : 1;
-  int64_t active = 0, sequences = 0;
+  int64_t selected = 0, sequences = 0;
   double denominator = 1;
-  memset(at->rows, 0, (size_t)at->positions * sizeof(row));
   for (int64_t start = 0; start < at->positions; start += length) {
     int64_t here = 0;
-    for (int64_t i = start; i < start + length; i++) {
-      at->rows[i].active = is_active(at, i);
-      here += at->rows[i].active != 0;
-    }
+    for (int64_t i = start; i < start + length; i++) here += at->rows[i].selected != 0;
     for (int64_t i = start; i < start + length; i++)
       at->rows[i].factor = here ? 1 / (double)here : 0;
-    active += here;
+    selected += here;
     sequences += here > 0;
   }
-  if (reduction == OPDC_MEAN) denominator = given == given ? given : (double)active;
+  if (reduction == OPDC_MEAN) denominator = given == given ? given : (double)selected;
   if (reduction == OPDC_SEQ_MEAN) denominator = given == given ? given : (double)sequences;
   for (int64_t i = 0; i < at->positions; i++) {
     row *to = &at->rows[i];
-    if (denominator == 0)
-      to->active =
-          0; /* a share of nothing is not evaluated: 0, where 0 / 0 or 0 * inf would be NaN */
-    if (to->active == 0) continue;
-    to->factor = view_number(&at->weights, i, 1) * (reduction == OPDC_SEQ_MEAN ? to->factor : 1) /
-                 denominator;
+    const double share = reduction == OPDC_SEQ_MEAN ? to->factor : 1;
+    if (to->active != 0)
+      to->factor = denominator == 0 ? 0 : view_number(&at->weights, i, 1) * share / denominator;
   }
+}
+
+/* The positions that a loss keeps. `entropies` has room for all. */
+static void select_rows(plan *at, candidate *entropies) {
+  opdc_settings *settings = &at->constants.settings;
+  int64_t count = 0;
+  for (int64_t i = 0; i < at->positions; i++) {
+    const row *of = &at->rows[i];
+    if (of->active != 0 && of->token_log_ratio == of->token_log_ratio)
+      entropies[count++] = (candidate){of->student_entropy, i};
+  }
+  if (at->constants.token == token_reopold_refinement && count > 0 &&
+      settings->entropy_threshold != settings->entropy_threshold) {
+    const double wanted = ceil(settings->keep * (double)count - 1e-9);
+    const int64_t kept = wanted > 1 ? (int64_t)wanted : 1;
+    take_largest(entropies, count, kept);
+    settings->entropy_threshold = entropies[kept - 1].value;
+  }
+  for (int64_t i = 0; i < at->positions; i++)
+    if (at->rows[i].active != 0) at->kernels->select(&at->constants, &at->rows[i]);
 }
 
 static void reduce(const plan *at, const view *value) {
@@ -341,7 +613,7 @@ static void discount(const plan *at) {
     double future = 0;
     for (int64_t i = end - 1; i >= end - length; i--) {
       row *to = &at->rows[i];
-      future *= at->settings.discount;
+      future *= at->constants.settings.discount;
       if (to->active == 0) continue;
       to->advantage += future;
       future = to->advantage;
@@ -350,15 +622,16 @@ static void discount(const plan *at) {
 }
 
 static void gather_metrics(const plan *at, double *metrics) {
-  const uint64_t computed = opdc_method_metrics(at->call->method, at->teacher.tensor != NULL);
-  for (int i = 0; i < METRIC_COUNT; i++) metrics[i] = computed >> i & 1 ? 0 : (double)NAN;
+  const uint64_t computed =
+      opdc_method_metrics(at->call->method, at->teacher.tensor != NULL, at->constants.support);
+  for (int i = 0; i < METRIC_COUNT; i++) metrics[i] = 0;
   if (computed >> metric_log_ratio_min & 1) metrics[metric_log_ratio_min] = INFINITY;
   if (computed >> metric_log_ratio_max & 1) metrics[metric_log_ratio_max] = -INFINITY;
   for (int64_t i = 0; i < at->positions; i++) {
     const row *of = &at->rows[i];
     if (of->active == 0) continue;
 #define METRIC(name, reduce_by, when, value_of_row)                                                \
-  if (computed >> metric_##name & 1)                                                               \
+  if (computed >> metric_##name & 1 && (when == METRIC_ALWAYS || of->compared != 0))               \
     metrics[metric_##name] = reduce_by(metrics[metric_##name], (double)(value_of_row));
     METRICS(METRIC)
 #undef METRIC
@@ -367,31 +640,56 @@ static void gather_metrics(const plan *at, double *metrics) {
 
 /* --- Rows ------------------------------------------------------------------------------------- */
 
-static void *kept_of(const plan *at, int thread) {
-  return at->kept ? at->kept + (size_t)thread * at->kept_bytes : NULL;
+static size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+/* The parts of a thread's memory, by their size. */
+typedef struct memory_parts {
+  size_t kept, candidates, entries;
+} memory_parts;
+
+static memory_parts parts_of(const plan *at) {
+  const size_t number = at->is_double ? sizeof(double) : sizeof(float);
+  const row_call *of = &at->constants;
+  memory_parts parts = {0};
+  if (at->with_gradient && of->student_mass) parts.kept = kept_bytes(of->vocabulary, number);
+  if (has_support(of)) {
+    parts.candidates =
+        whole_lines((size_t)candidates_of(of->vocabulary, of->k) * sizeof(candidate));
+    parts.entries = whole_lines((size_t)(of->k + 1) * sizeof(support_entry));
+  }
+  return parts;
 }
 
-static opdc_status reserve_kept(plan *at, opdc_error *error) {
+static workspace workspace_of(const plan *at, int thread) {
+  const memory_parts parts = parts_of(at);
+  char *memory = at->memory ? at->memory + (size_t)thread * at->memory_bytes : NULL;
+  return (workspace){.kept = parts.kept ? memory : NULL,
+                     .candidates = (candidate *)(void *)(memory + parts.kept),
+                     .entries = (support_entry *)(void *)(memory + parts.kept + parts.candidates)};
+}
+
+static opdc_status reserve_memory(plan *at, opdc_error *error) {
   const int64_t team = at->call->threads < at->positions ? at->call->threads : at->positions;
-  if (at->positions == 0) return OPDC_OK;
-  at->kept_bytes =
-      kept_bytes(at->constants.vocabulary, at->is_double ? sizeof(double) : sizeof(float));
-  if (at->kept_bytes < SIZE_MAX / (size_t)team) at->kept = malloc(at->kept_bytes * (size_t)team);
-  if (at->kept) return OPDC_OK;
+  const memory_parts parts = parts_of(at);
+  at->memory_bytes = parts.kept + parts.candidates + parts.entries;
+  if (at->memory_bytes == 0 || at->positions == 0) return OPDC_OK;
+  if (at->memory_bytes < SIZE_MAX / (size_t)team)
+    at->memory = malloc(at->memory_bytes * (size_t)team);
+  if (at->memory) return OPDC_OK;
   return fail(
       error, OPDC_OUT_OF_MEMORY,
       "out of memory: no room for %lld numbers, one for each id and thread; use fewer threads",
       (long long)team * (long long)at->constants.vocabulary);
 }
 
-static void write_gradient(const plan *at, int64_t index, double upstream, const void *kept) {
+static void write_gradient(const plan *at, int64_t index, double upstream, const workspace *work) {
   const row *from = &at->rows[index];
   char *to = view_at(&at->gradient, index);
   if (from->active == 0) {
     memset(to, 0, (size_t)at->constants.width * (size_t)at->gradient.bytes);
   } else {
     const row_input input = input_at(at, index);
-    at->kernels->gradient(&at->constants, &input, from, from->factor * upstream, kept, to);
+    at->kernels->gradient(&at->constants, &input, from, from->factor * upstream, work, to);
   }
 }
 
@@ -402,28 +700,29 @@ static void settle_row(const plan *at, int64_t index) {
   }
 }
 
-/* Loss and gradient of a row together, while it is in the cache; apart where a loss needs all
- * the advantages first. */
+/* Loss and gradient of a row together, while it is in the cache; apart where a loss needs what is
+ * measured of all rows first. */
 static void measure_row(void *context, int64_t index, int thread) {
   const plan *at = context;
-  void *kept = kept_of(at, thread);
+  workspace work = workspace_of(at, thread);
+  if (at->in_phases) work.kept = NULL;
   if (at->rows[index].active != 0) {
     const row_input input = input_at(at, index);
-    at->kernels->measure(&at->constants, &input, &at->rows[index], kept);
+    at->kernels->measure(&at->constants, &input, &at->rows[index], &work);
   }
-  if (at->settings.discount != 0) return;
+  if (at->in_phases) return;
   settle_row(at, index);
-  if (at->with_gradient) write_gradient(at, index, 1, kept);
+  if (at->with_gradient) write_gradient(at, index, 1, &work);
 }
 
 /* The gradient of a row whose loss is known, from what is kept again. */
 static void differentiate_row(const plan *at, int64_t index, double upstream, int thread) {
-  void *kept = kept_of(at, thread);
+  workspace work = workspace_of(at, thread);
   if (at->rows[index].active != 0) {
     const row_input input = input_at(at, index);
-    at->kernels->keep(&at->constants, &input, &at->rows[index], kept);
+    at->kernels->keep(&at->constants, &input, &at->rows[index], &work);
   }
-  write_gradient(at, index, upstream, kept);
+  write_gradient(at, index, upstream, &work);
 }
 
 static void differentiate_settled_row(void *context, int64_t index, int thread) {
@@ -466,6 +765,8 @@ opdc_status opdc_loss(const opdc_call *call, const DLTensor *value, const DLTens
   plan at;
   view value_at = {0};
   double *metric_numbers = NULL;
+  candidate *entropies = NULL;
+  opdc_status status;
   TRY(make_plan(call, rows, &at, error));
   TRY(check_value("value", value, &at.student, call->reduction == OPDC_NONE, &value_at, error));
   if (value_at.type != (at.is_double ? dtype_f64 : dtype_f32))
@@ -474,22 +775,35 @@ opdc_status opdc_loss(const opdc_call *call, const DLTensor *value, const DLTens
   if (gradient) TRY(check_output("gradient", gradient, &at.student, &at.gradient, error));
   if (metrics) TRY(check_doubles("metrics", metrics, -1, METRIC_COUNT, &metric_numbers, error));
   at.with_gradient = gradient != NULL;
-  at.constants.reverse_kl = at.constants.reverse_kl || metrics != NULL;
-  at.constants.forward_kl = at.constants.forward_kl || metrics != NULL;
-  at.constants.entropy = at.constants.entropy || metrics != NULL;
-  at.constants.log_ratio = at.constants.log_ratio || metrics != NULL;
-  if (gradient) TRY(reserve_kept(&at, error));
+  if (metrics) describe_metrics(&at.constants);
+  if (selects(at.constants.token)) {
+    entropies = malloc((size_t)(at.positions + 1) * sizeof *entropies);
+    if (!entropies)
+      return fail(error, OPDC_OUT_OF_MEMORY, "out of memory: no room for %lld entropies",
+                  (long long)at.positions);
+  }
+  status = reserve_memory(&at, error);
+  if (status != OPDC_OK) {
+    free(entropies);
+    return status;
+  }
   if (gradient && at.gradient.data != at.student.data) prefer_huge_pages(&at.gradient);
 
+  activate(&at);
   share_out(&at);
   for_each_row(at.positions, at.constants.width, call->threads, measure_row, &at);
-  if (at.settings.discount != 0) {
-    discount(&at);
+  if (at.in_phases) {
+    if (at.constants.settings.discount != 0) discount(&at);
+    if (entropies) {
+      select_rows(&at, entropies);
+      share_out(&at);
+    }
     for (int64_t i = 0; i < at.positions; i++) settle_row(&at, i);
-    if (at.with_gradient)
+    if (gradient)
       for_each_row(at.positions, at.constants.width, call->threads, differentiate_settled_row, &at);
   }
-  free(at.kept);
+  free(entropies);
+  free(at.memory);
   reduce(&at, &value_at);
   if (metrics) gather_metrics(&at, metric_numbers);
   return OPDC_OK;
@@ -502,10 +816,11 @@ opdc_status opdc_gradient(const opdc_call *call, const DLTensor *rows, const DLT
   TRY(check_value("upstream", upstream, &at.student, call->reduction == OPDC_NONE, &at.upstream,
                   error));
   TRY(check_output("gradient", gradient, &at.student, &at.gradient, error));
-  TRY(reserve_kept(&at, error));
+  at.with_gradient = 1;
+  TRY(reserve_memory(&at, error));
   if (at.gradient.data != at.student.data) prefer_huge_pages(&at.gradient);
   for_each_row(at.positions, at.constants.width, call->threads, differentiate_saved_row, &at);
-  free(at.kept);
+  free(at.memory);
   return OPDC_OK;
 }
 

@@ -245,6 +245,30 @@ opdc_status check_mask(const char *name, const DLTensor *tensor, const view *log
   return OPDC_OK;
 }
 
+opdc_status check_slot_tensor(const char *name, const DLTensor *tensor, const view *logits,
+                              int of_ids, view *out, opdc_error *error) {
+  *out = (view){0};
+  if (!tensor) return fail(error, OPDC_INVALID_TYPE, "%s: got None, want a tensor (..., K)", name);
+  TRY(check_tensor(name, tensor, out, error));
+  out->leading = tensor->ndim - 1;
+  if (of_ids ? !is_type(tensor, kDLInt, 64) && !is_type(tensor, kDLInt, 32)
+             : !floating_type(tensor, &out->type))
+    return fail(error, OPDC_INVALID_TYPE, "%s: got dtype %s, want %s", name,
+                text_of_type(tensor->dtype), of_ids ? "int64 or int32" : "a floating dtype");
+  if (tensor->ndim != logits->leading + 1 || tensor->shape[logits->leading] < 1 ||
+      !same_shape(tensor, logits->tensor, logits->leading))
+    return fail(error, OPDC_INVALID_VALUE,
+                "%s: got shape %s, want (..., K), K of at least 1, for the positions %s of the "
+                "student's logits",
+                name, text_of_shape(tensor->shape, tensor->ndim).text,
+                text_of_shape(logits->tensor->shape, logits->leading).text);
+  if (tensor->shape[out->leading] > 1 && stride_of(tensor, out->leading) != 1)
+    return fail(error, OPDC_INVALID_VALUE,
+                "%s: got stride %lld in the last axis, want 1; pass a contiguous tensor", name,
+                (long long)stride_of(tensor, out->leading));
+  return OPDC_OK;
+}
+
 opdc_status check_doubles(const char *name, const DLTensor *tensor, int64_t rows, int64_t columns,
                           double **out, opdc_error *error) {
   view at = {0};
@@ -277,4 +301,11 @@ opdc_status check_value(const char *name, const DLTensor *tensor, const view *lo
     return fail(error, OPDC_INVALID_VALUE, "%s: got shape %s, want (), one number for the call",
                 name, text_of_shape(tensor->shape, tensor->ndim).text);
   return OPDC_OK;
+}
+
+opdc_status check_temperature(double temperature, int is_double, opdc_error *error) {
+  const double largest = is_double ? 1e300 : 1e36;
+  if (temperature >= 1 / largest && temperature <= largest) return OPDC_OK;
+  return fail(error, OPDC_INVALID_VALUE, "temperature: got %g, want a finite number above 0",
+              temperature);
 }

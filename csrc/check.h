@@ -50,12 +50,19 @@ opdc_status check_tokens(const char *name, const DLTensor *tensor, const view *l
 /* (...) per position, bool; absent when NULL. */
 opdc_status check_mask(const char *name, const DLTensor *tensor, const view *logits, view *out,
                        opdc_error *error);
+/* (..., K) for the positions of the logits, last stride 1: int64 or int32 ids, or floating numbers;
+ * NULL is refused. */
+opdc_status check_slot_tensor(const char *name, const DLTensor *tensor, const view *logits,
+                              int of_ids, view *out, opdc_error *error);
 /* A contiguous float64 tensor of `count` elements (or rows of them). */
 opdc_status check_doubles(const char *name, const DLTensor *tensor, int64_t rows, int64_t columns,
                           double **out, opdc_error *error);
 /* A number for the whole call, shape (); or one for each position. Output or input. */
 opdc_status check_value(const char *name, const DLTensor *tensor, const view *logits,
                         int per_position, view *out, opdc_error *error);
+
+/* log2(e) / T must be a number, and so must the T-fold of the lowest exponent. */
+opdc_status check_temperature(double temperature, int is_double, opdc_error *error);
 
 static inline int64_t token_at(const view *of, int64_t index) {
   const void *at = view_at(of, index);

@@ -7,6 +7,7 @@
 
 #include "dtypes.h"
 #include "opdc.h"
+#include "select.h"
 
 /* What is summed over the ids of a row, and the shape of its gradient (rules.h). */
 typedef enum element_rule {
@@ -26,30 +27,69 @@ typedef enum token_rule {
   token_k2,
   token_k3,
   token_logprob,
-  token_entropy
+  token_entropy,
+  token_tropd,
+  token_eopd,
+  token_reopold_exploration,
+  token_reopold_refinement,
+  token_aopd
 } token_rule;
 
 /* The constants of a call. */
 typedef struct row_call {
   element_rule element;
   token_rule token;
-  double temperature, clip_low, clip_high, reward_scale;
+  opdc_settings settings;
   double teacher_weight, student_weight; /* of a mixture; neither is had from the other, near 1 */
   opdc_advantage advantage;
+  opdc_support support;
+  opdc_normalize normalize;
+  opdc_region region;
+  opdc_outlier outlier;
+  int64_t k;          /* ids of the support, or slots of a sparse teacher */
   int64_t width;      /* V */
   int64_t vocabulary; /* ids in use, at most V */
-  dtype student_type, teacher_type;
-  int has_old, has_reference;
+  dtype student_type, teacher_type, slot_type;
+  int slot_bytes; /* of an id of a sparse teacher */
+  int is_double;
+  int has_old, has_reference, has_tail;
+  int student_mass, teacher_mass; /* wanted: the normaliser over the vocabulary */
   int log_ratio, reverse_kl, forward_kl,
       entropy; /* wanted, for the loss or as metrics; the KLs need the exact log-ratio */
+  int overlap; /* wanted as a metric */
 } row_call;
 
 /* One position. */
 typedef struct row_input {
-  const void *student, *teacher; /* teacher may be NULL */
-  int64_t token;                 /* -1: none */
+  const void *student, *teacher;        /* teacher may be NULL */
+  const void *slot_ids, *slot_logprobs; /* of a sparse teacher, or NULL */
+  int64_t token;                        /* -1: none */
   double teacher_logprob, old_logprob, reference_logprob;
+  double teacher_entropy, tail_logprob, uniform;
+  int prefix; /* written by the teacher: nothing of it is read */
 } row_input;
+
+/* An id of a support. */
+typedef struct support_entry {
+  int64_t id;
+  double student, teacher; /* the logs of both masses; under OPDC_BOTH up to a constant */
+  double gradient;         /* d divergence / d (student / T) */
+} support_entry;
+
+/* What a thread has to itself. */
+typedef struct workspace {
+  void *kept;             /* what measure leaves for the gradient, below; NULL if none follows */
+  candidate *candidates;  /* candidates_of(vocabulary, k) of them */
+  support_entry *entries; /* k + 1 */
+  int64_t count;          /* of the entries in use, by id */
+} workspace;
+
+#define TILE 128 /* ids whose largest logit stands for them in the search for the top K */
+
+static inline int64_t candidates_of(int64_t vocabulary, int64_t k) {
+  const int64_t tiles = (vocabulary + TILE - 1) / TILE;
+  return tiles + (k < tiles ? k * TILE : vocabulary);
+}
 
 /* Mass of a row: the largest logit, and the sum of the exponentials of all the others relative
  * to it. Keeping that one apart (it is exactly 1) keeps log p and 1 - p of a confident row
@@ -78,16 +118,22 @@ typedef struct row {
       token_coefficient; /* the gradient is (a (u - p sum u) + b (1[j = y] - p)) / T */
   double clipped;
   double student_entropy, teacher_entropy, k3; /* metrics that need more than a product */
-  double active;                               /* 1, or 0: nothing else here is meant */
+  double spread; /* the gradient of the divergence off its support, in units of p */
+  double trusted, gated, selected;         /* M of tropd, the gate of eopd and aopd, M of reopold */
+  double support_student, support_teacher; /* P and Q */
+  double overlap, slots;                   /* ids of S among the student's own, and |S| */
+  double compared;                         /* 0: the teacher was not read */
+  double active;                           /* 1, or 0: nothing else here is meant */
   double factor; /* weight over denominator: the share of the loss in the value */
 } row;
 _Static_assert(sizeof(row) == OPDC_ROW * sizeof(double), "a row is OPDC_ROW doubles");
 
 /* What the pass that measures leaves for the gradient: one number of the arithmetic for each id, in
  * blocks of BLOCK_BYTES, each followed by a cache line whose first number is the block's maximum.
- *   mixture divergences   the derivatives u, which cost as much as the sums and come with them
- *   all others            the student's exponentials relative to that maximum
- * A pointer to it is NULL where no gradient follows. */
+ *   mixture divergences of the vocabulary   the derivatives u, which cost as much as the sums and
+ *                                           come with them
+ *   all others                              the student's exponentials relative to that maximum
+ */
 #define BLOCK_BYTES 4096
 #define KEPT_LINE 64
 
@@ -97,21 +143,36 @@ static inline size_t kept_bytes(int64_t vocabulary, size_t number) {
 }
 
 typedef struct row_kernels {
-  /* everything that takes a pass over the row, and the advantage */
-  void (*measure)(const row_call *call, const row_input *input, row *out, void *kept);
+  /* everything that takes a pass over the row, and what follows from it without the other rows */
+  void (*measure)(const row_call *call, const row_input *input, row *out, workspace *work);
+  /* whether a loss that selects its positions selects this one */
+  void (*select)(const row_call *call, row *at);
   /* the token rule: loss and gradient coefficients from what was measured */
   void (*settle)(const row_call *call, const row_input *input, row *out);
   /* what measure kept, of a row that was measured before */
-  void (*keep)(const row_call *call, const row_input *input, const row *from, void *kept);
+  void (*keep)(const row_call *call, const row_input *input, const row *from, workspace *work);
   /* factor times the gradient row; `to` may be the student's row */
   void (*gradient)(const row_call *call, const row_input *input, const row *from, double factor,
-                   const void *kept, void *to);
+                   const workspace *work, void *to);
+  /* the k largest logits of a row, in order, into work->entries: ids and, as `student`, their
+   * log-probs; fewer where there are no more ids; -1, and nothing written, for a NaN kind of row */
+  int64_t (*topk)(const row_call *call, const void *logits, workspace *work);
+  /* the gate of a block of positions, from its mean drift */
+  double (*drift)(double mean, double kappa);
   /* to = factor * from */
   void (*scale)(const void *from, dtype type, int64_t count, double factor, void *to);
 } row_kernels;
 
 static inline int is_mixture(element_rule rule) {
   return rule == element_jsd || rule == element_skew_forward || rule == element_skew_reverse;
+}
+
+/* Whether the divergence runs over a part of the vocabulary. */
+static inline int has_support(const row_call *call) { return call->support != OPDC_FULL; }
+
+/* Which of the two kinds of numbers are kept. */
+static inline int keeps_derivatives(const row_call *call) {
+  return is_mixture(call->element) && !has_support(call);
 }
 
 typedef struct instruction_set {

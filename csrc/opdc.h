@@ -30,9 +30,9 @@
  *   threads    Functions may be called from any thread at the same time. `threads` bounds the
  *              OpenMP team of the call; the result does not depend on it, nor on strides,
  *              alignment, other rows or the instruction set: same bits.
- *   memory     Each thread uses less than 64 KiB of stack. The gradients of the mixture divergences
- *              (jsd, skew) take one row of V numbers of the arithmetic for each thread besides, for
- *              the time of the call; nothing else is allocated.
+ *   memory     Each thread uses less than 64 KiB of stack. A gradient takes one row of V numbers of
+ *              the arithmetic for each thread besides, a support the candidates for it, for the
+ * time of the call; nothing else is allocated.
  */
 #ifndef OPDC_H
 #define OPDC_H
@@ -75,20 +75,58 @@ typedef enum opdc_advantage {
   OPDC_ADVANTAGE_CURRENT = 1 /* the current, detached log-prob of the student */
 } opdc_advantage;
 
+/* The ids that a divergence runs over. */
+typedef enum opdc_support {
+  OPDC_FULL = 0,         /* the vocabulary */
+  OPDC_TEACHER = 1,      /* the k ids that the teacher ranks first: larger logit, then lower id */
+  OPDC_STUDENT = 2,      /* those of the student; the choice is not differentiated */
+  OPDC_TEACHER_TOKEN = 3 /* the teacher's, and the token */
+} opdc_support;
+
+/* How the probabilities on a support are normalised (rules.h has the formulas). */
+typedef enum opdc_normalize {
+  OPDC_PLAIN = 0,      /* not at all */
+  OPDC_BY_TEACHER = 1, /* the teacher's to 1 */
+  OPDC_BOTH = 2,       /* both to 1; only the logits on the support are read and have a gradient */
+  OPDC_TAIL = 3,       /* with all other ids as one more */
+  OPDC_GENERALIZED = 4 /* not at all, as the generalised reverse KL of unnormalised masses */
+} opdc_normalize;
+
+/* Where tropd trusts a token. */
+typedef enum opdc_region {
+  OPDC_SAMPLED = 0,  /* with probability min(q_y / p_y, 1), by `uniforms` */
+  OPDC_EXPECTED = 1, /* to that degree */
+  OPDC_THRESHOLD = 2 /* where log q_y / p_y >= threshold */
+} opdc_region;
+
+/* What tropd does with the others. */
+typedef enum opdc_outlier {
+  OPDC_OUTLIER_FORWARD_KL = 0, /* on the support */
+  OPDC_OUTLIER_MASK = 1,       /* nothing */
+  OPDC_OUTLIER_CLIP = 2        /* the policy term with an advantage of at least threshold */
+} opdc_outlier;
+
 /* The numbers of a call. They come as one float64 tensor of OPDC_SETTINGS elements in this order.
  */
 typedef struct opdc_settings {
   double temperature; /* T > 0 */
-  double mixture;     /* beta of jsd in [0, 1]; alpha of the skew divergences in [0, 1) */
+  double mixture;     /* beta of jsd in [0, 1]; alpha of the skew divergences in [0, 1); of reopold
+                         the n in [0, 1] of its floor log(n) / (1 - n) */
   double clip_low;    /* the ratio is clipped to [1 - clip_low, 1 + clip_high]; +inf in both: no
                          clipping */
   double clip_high;
-  double discount;     /* gamma in [0, 1]: future advantages of the sequence; 0: none */
-  double reward_scale; /* lambda; 1 unless there is a reference policy */
-  double num_items;    /* replaces the denominator of mean and seq_mean; NaN: count;
-                          0: nothing is evaluated, all is 0, the metrics too */
+  double discount;          /* gamma in [0, 1]: future advantages of the sequence; 0: none */
+  double reward_scale;      /* lambda; 1 unless there is a reference policy */
+  double threshold;         /* of tropd, a log-ratio, NaN: log(0.3) / 0.7; of aopd, a difference of
+                               probabilities */
+  double entropy_threshold; /* of eopd, nats; of reopold_refinement, NaN: what keeps `keep` */
+  double forward_weight;    /* of the forward KL of eopd */
+  double prefix_weight;     /* of -log p on the teacher's prefixes in tropd */
+  double keep;              /* reopold_refinement: the fraction of positions, in (0, 1] */
+  double num_items;         /* replaces the denominator of mean and seq_mean; NaN: count;
+                               0: nothing is evaluated, all is 0, the metrics too */
 } opdc_settings;
-#define OPDC_SETTINGS 7
+#define OPDC_SETTINGS 12
 
 /* What goes in. A tensor that a method does not need is NULL. */
 typedef struct opdc_call {
@@ -106,9 +144,22 @@ typedef struct opdc_call {
       *old_logprobs; /* (...) floating: log-probs of the tokens under the behaviour policy */
   const DLTensor
       *reference_logprobs;  /* (...) floating: log-probs of the tokens under a reference policy */
-  const DLTensor *settings; /* (OPDC_SETTINGS,) float64, contiguous */
+  const DLTensor *slot_ids; /* (..., K) int64 or int32: a teacher that is known on K ids, in place
+                               of `teacher`; below 0: no id. No id twice */
+  const DLTensor *slot_logprobs;   /* (..., K) floating: its log-probs there */
+  const DLTensor *teacher_entropy; /* (...) floating: its entropy, for eopd */
+  const DLTensor *tail_logprobs;   /* (...) floating: log(1 - Q), Q its mass on its ids */
+  const DLTensor *prefix_mask;     /* (...) bool: positions that the teacher wrote; tropd */
+  const DLTensor *uniforms;        /* (...) floating in [0, 1); tropd with OPDC_SAMPLED */
+  const DLTensor *settings;        /* (OPDC_SETTINGS,) float64, contiguous */
   opdc_reduction reduction;
   opdc_advantage advantage;
+  opdc_support
+      support; /* of a KL divergence or jsd; methods with a support of their own need one */
+  opdc_normalize normalize; /* where the support is not OPDC_FULL */
+  opdc_region region;
+  opdc_outlier outlier;
+  int64_t k;           /* size of the support, from 1 to the vocabulary; with slot_ids it is K */
   int64_t valid_vocab; /* both softmaxes run over ids 0 .. valid_vocab-1, the gradient beyond is 0;
                           0: the whole of V, which must then be the same in both models */
   int threads;         /* at least 1 */
@@ -117,17 +168,17 @@ typedef struct opdc_call {
 /* What is kept of a position between its loss and its gradient: doubles only, so that a float64
  * tensor (N, OPDC_ROW) holds it. The contents are opdc's own, except that they may be copied and
  * saved. */
-#define OPDC_ROW 26
+#define OPDC_ROW 35
 
 /* Sums over the active positions, in this order; opdc_metric_name gives the names. Entries that
- * a method does not compute are marked by NaN. `log_ratio_min` and `log_ratio_max` are extremes
+ * a method does not compute are 0. `log_ratio_min` and `log_ratio_max` are extremes
  * (+inf, -inf when empty), all the others sums. */
 int opdc_metric_count(void);
 const char *opdc_metric_name(int metric); /* NULL beyond the last one */
 
 /* The metrics that a method computes, as a mask: bit i for metric i. Those of the teacher's
- * whole distribution need its logits. */
-uint64_t opdc_method_metrics(opdc_method method, int teacher_logits);
+ * whole distribution need its logits, those of a support one that is not OPDC_FULL. */
+uint64_t opdc_method_metrics(opdc_method method, int teacher_logits, opdc_support support);
 
 /* Computes the value of a loss and, if asked, its gradient.
  *
@@ -158,6 +209,26 @@ opdc_status opdc_gradient(const opdc_call *call, const DLTensor *rows, const DLT
  * NaN or infinity. */
 opdc_status opdc_scale(const DLTensor *gradient, const DLTensor *upstream, const DLTensor *output,
                        int threads, opdc_error *error);
+
+/* The k largest logits of each row, the larger first, of equal ones the lower id; never -inf.
+ *
+ *   ids       (..., k) int64; -1 where there are no more ids
+ *   logprobs  (..., k), dtype of the arithmetic: their log-probs over the vocabulary; -inf there
+ *
+ * A NaN kind of row gives ids -1 and log-probs NaN. Reads the logits once from memory. */
+opdc_status opdc_topk(const DLTensor *logits, double temperature, int64_t valid_vocab,
+                      const DLTensor *ids, const DLTensor *logprobs, int threads,
+                      opdc_error *error);
+
+/* Weights of positions by how far the policy has drifted from the one that wrote them, in blocks
+ * of a sequence: exp(-kappa |mean of logprobs - old_logprobs over a block|), over its mean over all
+ * active positions (blockwise gate, arXiv 2606.24084). Blocks start at the first active position.
+ *
+ *   logprobs, old_logprobs  (...) floating;  mask (...) bool or NULL
+ *   weights                 (...) float32 or float64, written; 0 where inactive */
+opdc_status opdc_drift_gate(const DLTensor *logprobs, const DLTensor *old_logprobs,
+                            const DLTensor *mask, int64_t block, double kappa,
+                            const DLTensor *weights, opdc_error *error);
 
 /* The instruction set in use, chosen at the first use from what the processor offers, or by the
  * environment variable OPDC_ISA. NULL when OPDC_ISA names one that this processor or this build

@@ -225,17 +225,45 @@ static int expect_arguments(const char *function, Py_ssize_t count, Py_ssize_t w
 
 /* ------------------------------------------------------------ functions */
 
-/* The first arguments of loss and gradient: the method, the tensors that go in, three integers. */
-static const parameter CALL_TENSORS[] = {
-    {"student", false, false},     {"teacher", true, false},
-    {"tokens", true, false},       {"mask", true, false},
-    {"weights", true, false},      {"teacher_logprobs", true, false},
-    {"old_logprobs", true, false}, {"reference_logprobs", true, false},
-    {"settings", false, false},
+/* The first arguments of loss and gradient: the method, the tensors that go in, the integers. Each
+ * of both lists is in the order of the arguments, with where it goes in opdc_call. */
+#define CALL_TENSORS(X)                                                                            \
+  X(student, false)                                                                                \
+  X(teacher, true)                                                                                 \
+  X(tokens, true)                                                                                  \
+  X(mask, true)                                                                                    \
+  X(weights, true)                                                                                 \
+  X(teacher_logprobs, true)                                                                        \
+  X(old_logprobs, true)                                                                            \
+  X(reference_logprobs, true)                                                                      \
+  X(slot_ids, true)                                                                                \
+  X(slot_logprobs, true)                                                                           \
+  X(teacher_entropy, true)                                                                         \
+  X(tail_logprobs, true)                                                                           \
+  X(prefix_mask, true)                                                                             \
+  X(uniforms, true)                                                                                \
+  X(settings, false)
+#define CALL_INTEGERS(X)                                                                           \
+  X(reduction, opdc_reduction, OPDC_SEQ_MEAN)                                                      \
+  X(advantage, opdc_advantage, OPDC_ADVANTAGE_CURRENT)                                             \
+  X(support, opdc_support, OPDC_TEACHER_TOKEN)                                                     \
+  X(normalize, opdc_normalize, OPDC_GENERALIZED)                                                   \
+  X(region, opdc_region, OPDC_THRESHOLD)                                                           \
+  X(outlier, opdc_outlier, OPDC_OUTLIER_CLIP)                                                      \
+  X(k, int64_t, LLONG_MAX)                                                                         \
+  X(valid_vocab, int64_t, LLONG_MAX)
+
+static const parameter CALL_PARAMETERS[] = {
+#define TENSOR(name, optional) {#name, optional, false},
+    CALL_TENSORS(TENSOR)
+#undef TENSOR
 };
 enum {
-  CALL_TENSOR_COUNT = sizeof CALL_TENSORS / sizeof CALL_TENSORS[0],
-  CALL_ARGUMENTS = 1 + CALL_TENSOR_COUNT + 3
+  CALL_TENSOR_COUNT = sizeof CALL_PARAMETERS / sizeof CALL_PARAMETERS[0],
+#define COUNT(name, type, last) +1
+  CALL_INTEGER_COUNT = 0 CALL_INTEGERS(COUNT),
+#undef COUNT
+  CALL_ARGUMENTS = 1 + CALL_TENSOR_COUNT + CALL_INTEGER_COUNT
 };
 
 /* All tensors of one call of loss or gradient: first those of CALL_TENSORS, then its own. */
@@ -255,29 +283,27 @@ static int borrow_all(const module_state *state, PyObject *const *objects, const
 
 static int read_call(const module_state *state, PyObject *const *arguments, borrowed *b,
                      opdc_call *call) {
-  long long advantage, valid_vocab, reduction;
   PyObject *const *integers = arguments + 1 + CALL_TENSOR_COUNT;
-  if (read_method(arguments[0], &call->method) < 0 ||
-      read_integer(integers[0], "reduction", OPDC_NONE, OPDC_SEQ_MEAN, &reduction) < 0 ||
-      read_integer(integers[1], "advantage", OPDC_ADVANTAGE_OLD, OPDC_ADVANTAGE_CURRENT,
-                   &advantage) < 0 ||
-      read_integer(integers[2], "valid_vocab", 0, LLONG_MAX, &valid_vocab) < 0 ||
-      borrow_all(state, arguments + 1, CALL_TENSORS, CALL_TENSOR_COUNT, b) < 0)
-    return -1;
-  const DLTensor **views[CALL_TENSOR_COUNT] = {
-      &call->student, &call->teacher,          &call->tokens,       &call->mask,
-      &call->weights, &call->teacher_logprobs, &call->old_logprobs, &call->reference_logprobs,
-      &call->settings};
-  for (int i = 0; i < CALL_TENSOR_COUNT; ++i) *views[i] = view_of(&b->tensors[i]);
-  call->reduction = (opdc_reduction)reduction;
-  call->advantage = (opdc_advantage)advantage;
-  call->valid_vocab = valid_vocab;
+  const tensor *next = b->tensors;
+  long long value;
+  if (read_method(arguments[0], &call->method) < 0) return -1;
+#define INTEGER(name, type, last)                                                                  \
+  if (read_integer(*integers++, #name, 0, last, &value) < 0) return -1;                            \
+  call->name = (type)value;
+  CALL_INTEGERS(INTEGER)
+#undef INTEGER
+  if (borrow_all(state, arguments + 1, CALL_PARAMETERS, CALL_TENSOR_COUNT, b) < 0) return -1;
+#define TENSOR(name, optional) call->name = view_of(next++);
+  CALL_TENSORS(TENSOR)
+#undef TENSOR
   return 0;
 }
 
 #define CALL_SIGNATURE                                                                             \
   "method, student, teacher, tokens, mask, weights, teacher_logprobs, old_logprobs, "              \
-  "reference_logprobs, settings, reduction, advantage, valid_vocab, "
+  "reference_logprobs, slot_ids, slot_logprobs, teacher_entropy, tail_logprobs, prefix_mask, "     \
+  "uniforms, settings, reduction, advantage, support, normalize, region, outlier, k, "             \
+  "valid_vocab, "
 
 static const char LOSS_DOC[] =
     "loss($module, " CALL_SIGNATURE "value, gradient, rows, metrics, threads, /)\n--\n\n"
@@ -356,6 +382,65 @@ static PyObject *scale(PyObject *module, PyObject *const *arguments, Py_ssize_t 
   return failed ? NULL : none_or_error(status, &error);
 }
 
+static const char TOPK_DOC[] =
+    "topk($module, logits, temperature, valid_vocab, ids, logprobs, threads, /)\n--\n\n"
+    "Write the ids of the largest logits of each row, and their log-probs.";
+
+static PyObject *topk(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+  static const parameter LOGITS[] = {{"logits", false, false}},
+                         OUTPUTS[] = {{"ids", false, true}, {"logprobs", false, true}};
+  if (expect_arguments("topk", count, 6) < 0) return NULL;
+  const module_state *state = PyModule_GetState(module);
+  const double temperature = PyFloat_AsDouble(arguments[1]);
+  borrowed b = {.count = 0};
+  opdc_error error;
+  opdc_status status = OPDC_OK;
+  long long valid_vocab;
+  int threads;
+  int failed = (temperature == -1 && PyErr_Occurred()) ||
+               read_integer(arguments[2], "valid_vocab", 0, LLONG_MAX, &valid_vocab) < 0 ||
+               read_int(arguments[5], "threads", 1, &threads) < 0 ||
+               borrow_all(state, arguments, LOGITS, 1, &b) < 0 ||
+               borrow_all(state, arguments + 3, OUTPUTS, 2, &b) < 0;
+  if (!failed) {
+    Py_BEGIN_ALLOW_THREADS status =
+        opdc_topk(view_of(&b.tensors[0]), temperature, valid_vocab, view_of(&b.tensors[1]),
+                  view_of(&b.tensors[2]), threads, &error);
+    Py_END_ALLOW_THREADS
+  }
+  give_back(b.tensors, b.count);
+  return failed ? NULL : none_or_error(status, &error);
+}
+
+static const char DRIFT_GATE_DOC[] =
+    "drift_gate($module, logprobs, old_logprobs, mask, weights, block, kappa, /)\n--\n\n"
+    "Write weights.";
+
+static PyObject *drift_gate(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+  static const parameter TENSORS[] = {{"logprobs", false, false},
+                                      {"old_logprobs", false, false},
+                                      {"mask", true, false},
+                                      {"weights", false, true}};
+  if (expect_arguments("drift_gate", count, 6) < 0) return NULL;
+  const module_state *state = PyModule_GetState(module);
+  const double kappa = PyFloat_AsDouble(arguments[5]);
+  borrowed b = {.count = 0};
+  opdc_error error;
+  opdc_status status = OPDC_OK;
+  long long block;
+  int failed = (kappa == -1 && PyErr_Occurred()) ||
+               read_integer(arguments[4], "block", 1, LLONG_MAX, &block) < 0 ||
+               borrow_all(state, arguments, TENSORS, 4, &b) < 0;
+  if (!failed) {
+    Py_BEGIN_ALLOW_THREADS status =
+        opdc_drift_gate(view_of(&b.tensors[0]), view_of(&b.tensors[1]), view_of(&b.tensors[2]),
+                        block, kappa, view_of(&b.tensors[3]), &error);
+    Py_END_ALLOW_THREADS
+  }
+  give_back(b.tensors, b.count);
+  return failed ? NULL : none_or_error(status, &error);
+}
+
 /* The texts name_of(0), name_of(1), ... up to the first NULL whose bit is in `chosen`. */
 static PyObject *texts(const char *(*name_of)(int), uint64_t chosen) {
   PyObject *list = PyList_New(0);
@@ -384,11 +469,14 @@ static PyObject *metric_names(PyObject *module, PyObject *unused) {
 static PyObject *metrics_of(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
   (void)module;
   opdc_method method;
-  if (expect_arguments("metrics_of", count, 2) < 0 || read_method(arguments[0], &method) < 0)
+  long long support;
+  if (expect_arguments("metrics_of", count, 3) < 0 || read_method(arguments[0], &method) < 0 ||
+      read_integer(arguments[2], "support", 0, OPDC_TEACHER_TOKEN, &support) < 0)
     return NULL;
   const int teacher_logits = PyObject_IsTrue(arguments[1]);
   if (teacher_logits < 0) return NULL;
-  return texts(opdc_metric_name, opdc_method_metrics(method, teacher_logits));
+  return texts(opdc_metric_name,
+               opdc_method_metrics(method, teacher_logits, (opdc_support)support));
 }
 
 static PyObject *instruction_set(PyObject *module, PyObject *unused) {
@@ -464,8 +552,10 @@ static PyMethodDef FUNCTIONS[] = {
     {"metric_names", metric_names, METH_NOARGS,
      "metric_names($module, /)\n--\n\nThe names of the elements of metrics."},
     {"metrics_of", FASTCALL(metrics_of),
-     "metrics_of($module, method, teacher_logits, /)\n--\n\nThe names of the metrics that a loss "
-     "computes, with or without the teacher's logits."},
+     "metrics_of($module, method, teacher_logits, support, /)\n--\n\nThe names of the metrics that "
+     "a loss computes, with or without the teacher's logits, on a support."},
+    {"topk", FASTCALL(topk), TOPK_DOC},
+    {"drift_gate", FASTCALL(drift_gate), DRIFT_GATE_DOC},
     {"instruction_set", instruction_set, METH_NOARGS,
      "instruction_set($module, /)\n--\n\nThe instruction set in use."},
     {"instruction_sets", instruction_sets, METH_NOARGS,

@@ -170,7 +170,7 @@ typedef struct temperature {
 } temperature;
 
 static inline temperature temperature_of(const row_call *call) {
-  const real inverse = (real)(1 / call->temperature);
+  const real inverse = (real)(1 / call->settings.temperature);
   return (temperature){inverse, (real)(LOG2_E * (double)inverse)};
 }
 
@@ -408,16 +408,43 @@ static inline real *kept_block(const void *kept, int64_t start) {
   return (real *)kept + start / BLOCK * ((BLOCK_BYTES + KEPT_LINE) / (int)sizeof(real));
 }
 
-/* Masses of both models, their log-ratio and both KL divergences: one read of each row. */
-static void measure_pair(const row_call *call, const row_input *input, row *out, void *kept) {
+/* Takes the ids of a support out of a block, as if they did not exist. */
+static extremes without(const support_entry *entries, int64_t count, int64_t start, int length,
+                        real *x, extremes found) {
+  int64_t low = 0, high = count;
+  int any = 0;
+  while (low < high) { /* the first entry of the block */
+    const int64_t middle = low + (high - low) / 2;
+    if (entries[middle].id < start)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  for (; low < count && entries[low].id < start + length; low++, any = 1)
+    x[entries[low].id - start] = -(real)INFINITY;
+  if (!any || found.maximum != found.maximum) return found;
+  found = (extremes){-(real)INFINITY, -(real)INFINITY};
+  for (int i = 0; i < length; i++)
+    if (!(x[i] <= found.maximum)) found.maximum = x[i];
+  return found;
+}
+
+/* Masses of both models, their log-ratio and both KL divergences: one read of each row. Without
+ * the ids of `work`, if it is given: the masses outside of its support. */
+static void measure_pair(const row_call *call, const row_input *input, row *out, void *kept,
+                         const workspace *outside) {
   const temperature T = temperature_of(call);
   block at;
   batch parts;
   parts.count = 0;
   for (int64_t start = 0; start < call->vocabulary; start += BLOCK) {
     const int count = block_length(start, call->vocabulary), index = parts.count;
-    const extremes xs = gather(input->student, call->student_type, start, count, at.x);
-    const extremes ys = gather(input->teacher, call->teacher_type, start, count, at.y);
+    extremes xs = gather(input->student, call->student_type, start, count, at.x);
+    extremes ys = gather(input->teacher, call->teacher_type, start, count, at.y);
+    if (outside) {
+      xs = without(outside->entries, outside->count, start, count, at.x, xs);
+      ys = without(outside->entries, outside->count, start, count, at.y, ys);
+    }
     real *p = kept ? kept_block(kept, start) : at.p;
     const mass student = exponentials(call, at.x, start, count, xs.maximum, T,
                                       block_after(input->student, call->student_type, start), p);
@@ -457,8 +484,9 @@ static void measure_pair(const row_call *call, const row_input *input, row *out,
   out->forward_kl = parts.forward_kl[0];
 }
 
-/* The student alone. */
-static void measure_student(const row_call *call, const row_input *input, row *out, void *kept) {
+/* One model alone; `kept` and `outside` as above. */
+static mass measure_one(const row_call *call, const void *logits, dtype type, void *kept,
+                        const workspace *outside) {
   const temperature T = temperature_of(call);
   _Alignas(64) real x[BLOCK];
   _Alignas(64) real own[BLOCK];
@@ -467,17 +495,18 @@ static void measure_student(const row_call *call, const row_input *input, row *o
   int index = 0;
   for (int64_t start = 0; start < call->vocabulary; start += BLOCK) {
     const int count = block_length(start, call->vocabulary);
-    const extremes xs = gather(input->student, call->student_type, start, count, x);
+    extremes xs = gather(logits, type, start, count, x);
+    if (outside) xs = without(outside->entries, outside->count, start, count, x, xs);
     real *e = kept ? kept_block(kept, start) : own;
     if (kept) e[BLOCK] = xs.maximum;
-    parts[index++] = exponentials(call, x, start, count, xs.maximum, T,
-                                  block_after(input->student, call->student_type, start), e);
+    parts[index++] =
+        exponentials(call, x, start, count, xs.maximum, T, block_after(logits, type, start), e);
     if (index == BATCH) {
       parts[0] = combine_masses(parts, index, T, weights);
       index = 1;
     }
   }
-  out->student = index > 1 ? combine_masses(parts, index, T, weights) : parts[0];
+  return index > 1 ? combine_masses(parts, index, T, weights) : parts[0];
 }
 
 /* The first id at the student's maximum. A row may come back from outside: whatever it says, an
@@ -622,16 +651,222 @@ case rule:                                                                      
 #undef PASS
 }
 
+/* --- Supports --------------------------------------------------------------------------------- */
+
+/* The k largest logits, sorted, from the maxima of tiles: each of the k tiles with the largest
+ * maxima has an id that comes before all ids of the other tiles, so that only these k are searched,
+ * and in them only what is not below the least of their maxima. Returns how many there are, in
+ * `*found`, part of `work`; -1 for a row with NaN, +inf or nothing but -inf. */
+static int64_t largest(const void *logits, dtype type, int64_t vocabulary, int64_t k,
+                       candidate *work, candidate **found) {
+  const int64_t tile_count = (vocabulary + TILE - 1) / TILE,
+                searched = k < tile_count ? k : tile_count;
+  _Alignas(64) real copy[BLOCK];
+  _Alignas(64) real totals[GROUP];
+  double threshold = -INFINITY;
+  int64_t count = 0, tile = 0;
+  for (int64_t start = 0; start < vocabulary; start += BLOCK) {
+    const int length = block_length(start, vocabulary);
+    const real *x = block_at(logits, type, start, length, copy);
+    const next_block ahead = block_after(logits, type, start);
+    group all = group_of(0);
+    int suspicious = 0;
+    for (int from = 0; from < length; from += TILE) {
+      const int to = padded(length - from < TILE ? length - from : TILE) + from;
+      lane maximum = lane_set(-(real)INFINITY);
+      group total = group_of(0);
+      for (int first = from; first < to; first += GROUP)
+        for (int part = 0, i = first; part < PARTS; part++, i += LANES) {
+          const lane v = lane_load(x + i);
+          prefetch(ahead, i, part);
+          maximum = lane_max(v, maximum);
+          group_add(&total, part, v);
+        }
+      for (int part = 0; part < PARTS; part++) group_add(&all, part, total.part[part]);
+      work[tile] = (candidate){(double)lane_maximum(maximum), tile};
+      if (work[tile].value == INFINITY) return -1;
+      tile++;
+    }
+    /* max() drops NaN, a sum does not; but -inf and large numbers may make one */
+    for (int part = 0; part < PARTS; part++) lane_store(totals + part * LANES, all.part[part]);
+    for (int i = 0; i < GROUP; i++) suspicious |= !(totals[i] - totals[i] == 0);
+    for (int i = 0; suspicious && i < length; i++)
+      if (x[i] != x[i]) return -1;
+  }
+  if (searched < tile_count) {
+    take_largest(work, tile_count, searched);
+    threshold = work[searched - 1].value;
+  }
+  *found = work + tile_count;
+  for (int64_t place = 0; place < searched; place++) {
+    const int64_t start = work[place].id * TILE;
+    const int length = vocabulary - start < TILE ? (int)(vocabulary - start) : TILE;
+    const real *x = block_at(logits, type, start, length, copy);
+    const lane least = lane_set((real)threshold);
+    for (int first = 0; first < length; first += LANES) {
+      const lane v = lane_load(x + first);
+      if (!lane_any(lane_less(least, v)) && !lane_any(lane_equal(least, v))) continue;
+      for (int i = first; i < first + LANES && i < length; i++)
+        if ((double)x[i] >= threshold && x[i] > -(real)INFINITY)
+          (*found)[count++] = (candidate){(double)x[i], start + i};
+    }
+  }
+  if (k > count) k = count;
+  take_largest(*found, count, k);
+  return k > 0 ? k : -1;
+}
+
+/* log of the probability of an id with the logit z */
+static inline double logprob_of(double z, const mass *of, double inverse) {
+  const double log_total = SCALAR(log1p)(of->rest);
+  return z == of->maximum ? -log_total : (z - of->maximum) * inverse - log_total;
+}
+
+static int64_t topk(const row_call *call, const void *logits, workspace *work) {
+  const mass whole = measure_one(call, logits, call->student_type, NULL, NULL);
+  candidate *found;
+  const int64_t count =
+      largest(logits, call->student_type, call->vocabulary, call->k, work->candidates, &found);
+  for (int64_t i = 0; i < count; i++)
+    work->entries[i] = (support_entry){
+        .id = found[i].id,
+        .student = logprob_of(found[i].value, &whole, (double)temperature_of(call).inverse)};
+  return count;
+}
+
+static int by_id(const void *a, const void *b) {
+  const int64_t left = ((const support_entry *)a)->id, right = ((const support_entry *)b)->id;
+  return (left > right) - (left < right);
+}
+
+static inline int64_t slot_id(const row_call *call, const row_input *input, int64_t slot) {
+  return call->slot_bytes == 8 ? ((const int64_t *)input->slot_ids)[slot]
+                               : ((const int32_t *)input->slot_ids)[slot];
+}
+
+/* The ids of the support, in order; with the teacher's log-probs, if they are given. An id that
+ * the ranking model excludes does not enter. -1: the ranking row is no distribution. */
+static int64_t choose_support(const row_call *call, const row_input *input, workspace *work) {
+  support_entry *to = work->entries;
+  int64_t count = 0, has_token = call->support != OPDC_TEACHER_TOKEN;
+  if (input->slot_ids) {
+    for (int64_t slot = 0; slot < call->k; slot++) {
+      const double logprob = load_element(input->slot_logprobs, call->slot_type, slot);
+      const int64_t id = slot_id(call, input, slot);
+      if (id < 0 || logprob == -INFINITY) continue;
+      to[count++] = (support_entry){.id = id, .teacher = logprob};
+    }
+    for (int64_t i = 0; i < count; i++) has_token |= to[i].id == input->token;
+    if (!has_token && input->teacher_logprob != -INFINITY)
+      to[count++] = (support_entry){.id = input->token, .teacher = input->teacher_logprob};
+  } else {
+    const int of_student = call->support == OPDC_STUDENT;
+    const void *ranking = of_student ? input->student : input->teacher;
+    const dtype type = of_student ? call->student_type : call->teacher_type;
+    candidate *found;
+    count = largest(ranking, type, call->vocabulary, call->k, work->candidates, &found);
+    if (count < 0) return count;
+    for (int64_t i = 0; i < count; i++) {
+      to[i] = (support_entry){.id = found[i].id};
+      has_token |= found[i].id == input->token;
+    }
+    if (!has_token && load_element(input->teacher, call->teacher_type, input->token) != -INFINITY)
+      to[count++] = (support_entry){.id = input->token};
+  }
+  qsort(to, (size_t)count, sizeof *to, by_id);
+  return count;
+}
+
+/* How many ids of S are among the |S| that the student ranks first. */
+static double overlap_of(const row_call *call, const row_input *input, workspace *work) {
+  candidate *found;
+  int64_t count = work->count, common = 0;
+  if (count == 0) return 0;
+  count = largest(input->student, call->student_type, call->vocabulary, count, work->candidates,
+                  &found);
+  for (int64_t i = 0; i < count; i++) {
+    const support_entry wanted = {.id = found[i].id};
+    common += bsearch(&wanted, work->entries, (size_t)work->count, sizeof wanted, by_id) != NULL;
+  }
+  return count < 0 ? NAN : (double)common;
+}
+
+/* The masses of the ids off the support. Their ratio comes from their difference, not from two
+ * masses, so that it is exact where the models agree. */
+static support_tail tail_of(const row_call *call, const row_input *input, const row *whole,
+                            const workspace *work) {
+  const double inverse = (double)temperature_of(call).inverse;
+  row outside = {0};
+  support_tail tail;
+  if (input->teacher)
+    measure_pair(call, input, &outside, NULL, work);
+  else
+    outside.student = measure_one(call, input->student, call->student_type, NULL, work);
+  tail.student = logprob_of(outside.student.maximum, &whole->student, inverse) +
+                 SCALAR(log1p)(outside.student.rest);
+  if (!input->teacher) {
+    const double Q = whole->support_teacher;
+    tail.teacher = call->has_tail ? input->tail_logprob : Q < 1 ? SCALAR(log1p)(-Q) : -INFINITY;
+  } else if (1 + outside.student.rest > 0 && 1 + outside.teacher.rest > 0) {
+    tail.teacher = tail.student - (outside.log_ratio - whole->log_ratio);
+  } else {
+    tail.teacher = logprob_of(outside.teacher.maximum, &whole->teacher, inverse) +
+                   SCALAR(log1p)(outside.teacher.rest);
+  }
+  return tail;
+}
+
+static void measure_support(const row_call *call, const row_input *input, row *out,
+                            workspace *work) {
+  const double inverse = (double)temperature_of(call).inverse;
+  const int local = call->normalize == OPDC_BOTH; /* needs no mass of the whole vocabulary */
+  /* The log-ratio of both sums makes differences of log-probs exact where the models agree. Where
+   * both are sure of one id its own rounding is larger than that of the sums. */
+  const double rounding = sizeof(real) == sizeof(double) ? 0x1p-53 : 0x1p-24;
+  const int sure =
+      (out->student.rest + out->teacher.rest) * rounding < fabs(out->log_ratio) * 0x1p-53;
+  double student_maximum = -INFINITY, teacher_maximum = -INFINITY;
+  support_tail tail = {-INFINITY, -INFINITY};
+  work->count = choose_support(call, input, work);
+  out->slots = (double)work->count;
+  if (work->count < 0) {
+    out->divergence = out->support_student = out->support_teacher = out->slots = NAN;
+    return;
+  }
+  for (int64_t i = 0; i < work->count; i++) {
+    support_entry *at = &work->entries[i];
+    at->student = load_element(input->student, call->student_type, at->id);
+    if (input->teacher) at->teacher = load_element(input->teacher, call->teacher_type, at->id);
+    if (!(at->student <= student_maximum)) student_maximum = at->student;
+    if (!(at->teacher <= teacher_maximum)) teacher_maximum = at->teacher;
+  }
+  for (int64_t i = 0; i < work->count; i++) {
+    support_entry *at = &work->entries[i];
+    const double z = at->student, t = at->teacher;
+    const double s = call->student_mass ? logprob_of(z, &out->student, inverse) : NAN;
+    double tau = t;
+    if (input->teacher)
+      tau = !call->teacher_mass                       ? (double)NAN
+            : s > -INFINITY && t > -INFINITY && !sure ? s - ((z - t) * inverse - out->log_ratio)
+                                                      : logprob_of(t, &out->teacher, inverse);
+    out->support_student += SCALAR(exp)(s);
+    out->support_teacher += SCALAR(exp)(tau);
+    at->student = local ? (z - student_maximum) * inverse : s;
+    at->teacher = !local ? tau : input->teacher ? (t - teacher_maximum) * inverse : t;
+  }
+  if (call->normalize == OPDC_TAIL) tail = tail_of(call, input, out, work);
+  out->divergence =
+      KERNEL(support)(call, work->entries, work->count, tail.student, tail.teacher, &out->spread);
+  if (call->overlap) out->overlap = overlap_of(call, input, work);
+}
+
 /* --- The kernels of an instruction set -------------------------------------------------------- */
 
-static void measure(const row_call *call, const row_input *input, row *out, void *kept) {
-  const double inverse = (double)temperature_of(call).inverse;
-  out->teacher = (mass){NAN, NAN, NAN, NAN};
-  out->reverse_kl = out->forward_kl = NAN;
-  if (input->teacher)
-    measure_pair(call, input, out, is_mixture(call->element) ? NULL : kept);
+static void measure_whole(const row_call *call, const row_input *input, row *out, void *kept) {
+  if (input->teacher && call->teacher_mass)
+    measure_pair(call, input, out, keeps_derivatives(call) ? NULL : kept, NULL);
   else
-    measure_student(call, input, out, kept);
+    out->student = measure_one(call, input->student, call->student_type, kept, NULL);
   if (1 + out->student.rest == 0)
     out->student.rest = NAN; /* no id that exists: a row without a loss */
   if (input->teacher && 1 + out->teacher.rest == 0) out->teacher.rest = NAN;
@@ -641,72 +876,83 @@ static void measure(const row_call *call, const row_input *input, row *out, void
   if (out->student.rest != out->student.rest ||
       (input->teacher && out->teacher.rest != out->teacher.rest))
     out->divergence = NAN;
-  else if (is_mixture(call->element))
+  else if (keeps_derivatives(call))
     measure_mixture(call, input, out, kept);
+}
 
-  if (input->token >= 0) {
+static void measure(const row_call *call, const row_input *input, row *out, workspace *work) {
+  const double inverse = (double)temperature_of(call).inverse;
+  out->teacher = (mass){NAN, NAN, NAN, NAN};
+  out->reverse_kl = out->forward_kl = NAN;
+  out->compared = !input->prefix;
+  if (call->student_mass) measure_whole(call, input, out, work->kept);
+  if (input->token >= 0 && call->student_mass) {
     const double z = load_element(input->student, call->student_type, input->token);
-    const double log_total = SCALAR(log1p)(out->student.rest), total = 1 + out->student.rest;
-    out->token_logprob =
-        z == out->student.maximum ? -log_total : (z - out->student.maximum) * inverse - log_total;
-    out->token_rest =
-        z == out->student.maximum ? out->student.rest / total : 1 - SCALAR(exp)(out->token_logprob);
+    out->token_logprob = logprob_of(z, &out->student, inverse);
+    out->token_rest = z == out->student.maximum ? out->student.rest / (1 + out->student.rest)
+                                                : 1 - SCALAR(exp)(out->token_logprob);
     if (input->teacher) {
       const double t = load_element(input->teacher, call->teacher_type, input->token);
       out->token_log_ratio = out->log_ratio - (z - t) * inverse;
     } else {
       out->token_log_ratio = input->teacher_logprob - out->token_logprob;
     }
-    out->advantage = KERNEL(advantage)(call, input, out);
+  }
+  KERNEL(describe)(call, input, out);
+  if (has_support(call) && !input->prefix) {
+    const int undefined = call->student_mass && call->normalize != OPDC_BOTH &&
+                          (out->student.rest != out->student.rest ||
+                           (input->teacher && out->teacher.rest != out->teacher.rest));
+    measure_support(call, input, out, work);
+    if (undefined) out->divergence = NAN;
   }
 }
 
-static void keep(const row_call *call, const row_input *input, const row *from, void *kept) {
+static void keep(const row_call *call, const row_input *input, const row *from, workspace *work) {
   row again = *from;
   if (!is_finite(from->loss)) return;
-  if (is_mixture(call->element))
-    measure_mixture(call, input, &again, kept);
-  else
-    measure_student(call, input, &again, kept);
+  if (has_support(call)) {
+    again.support_student = again.support_teacher = 0;
+    measure(call, input, &again, work);
+  } else if (keeps_derivatives(call)) {
+    measure_mixture(call, input, &again, work->kept);
+  } else {
+    (void)measure_one(call, input->student, call->student_type, work->kept, NULL);
+  }
 }
 
-/* The gradient of one lane: scaled (u - p mean), with what each element rule has for it, minus
- * token p: `scaled` is a factor / T, `token` b factor / T. `constant` is -mean, or what else the
- * rule adds to each id; `derivative` is the u of a mixture. */
-SPECIALISED lane gradient_rule(const element_rule rule, const int with_token, lane x, lane y,
-                               lane p, lane derivative, const row_constants *at, lane scaled,
-                               lane constant, lane token) {
-  const lane zero = lane_set(0);
+/* The gradient of one lane: `scaled`, a factor / T, times u - p mean, with what each element rule
+ * has for it. `constant` is -mean, or what else the rule adds to each id; `derivative` is the u of
+ * a mixture. Without an element rule `scaled` is what every p is multiplied by. */
+SPECIALISED lane gradient_rule(const element_rule rule, lane x, lane y, lane p, lane derivative,
+                               const row_constants *at, lane scaled, lane constant) {
   lane shape;
-  if (rule == element_none) return lane_mul(lane_sub(zero, token), p);
-  if (rule == element_forward_kl) { /* p - q */
+  if (rule == element_none) {
+    shape = p;
+  } else if (rule == element_forward_kl) { /* p - q */
     const lane below = bounded_exponent(lane_sub(y, at->teacher_maximum), at->base);
     const lane q = lane_mul(exponential(below, at->base), at->teacher_inverse);
     shape = kl_rule(p, q, log_ratio_of(x, y, at->apart), 1).excess;
   } else if (rule ==
              element_reverse_kl) { /* p (d - RKL), with -RKL in the constants of d; 0 where p is */
-    shape = lane_keep(lane_less(zero, p), lane_mul(p, log_ratio_of(x, y, at->apart)));
+    shape = lane_keep(lane_less(lane_set(0), p), lane_mul(p, log_ratio_of(x, y, at->apart)));
   } else if (rule == element_entropy) { /* -p (s + H); log Z cancels in s + H */
     const lane below = bounded_exponent(lane_sub(x, at->student_maximum), at->base);
     shape = lane_mul(p, lane_fma(below, lane_set(-at->apart.inverse), constant));
   } else { /* u - p mean */
     shape = lane_fma(p, constant, derivative);
   }
-  if (!with_token) return lane_mul(scaled, shape);
-  return lane_fma(scaled, shape, lane_mul(lane_sub(zero, token), p));
+  return lane_mul(scaled, shape);
 }
 
+/* `scale` times u - p mean of an element rule; or, without one, scale times p. */
 SPECIALISED void gradient_pass(const row_call *call, const row_input *input, const row *from,
-                               double factor, const void *kept, void *to, const element_rule rule,
-                               const int with_token) {
-  const double per_logit = factor * (double)temperature_of(call).inverse,
-               token_part = from->token_coefficient * per_logit;
+                               double scale, const void *kept, void *to, const element_rule rule) {
   const int with_student = rule != element_none, mixture = is_mixture(rule),
             with_teacher = rule == element_reverse_kl || rule == element_forward_kl;
   const double moment = from->student.moment / (1 + from->student.rest);
   const lane constant = lane_set((real)(rule == element_entropy ? moment : -from->mean));
-  const lane scaled = lane_set((real)(from->divergence_coefficient * per_logit)),
-             token = lane_set((real)token_part);
+  const lane scaled = lane_set((real)scale);
   const row_constants constants = constants_of(
       call, from, rule == element_reverse_kl ? from->log_ratio + from->mean : from->log_ratio);
   /* A gradient row sums to 0. Where one id has most of the mass, its element is a small
@@ -720,32 +966,19 @@ SPECIALISED void gradient_pass(const row_call *call, const row_input *input, con
     const real *k = kept_block(kept, start), *x = k, *y = k;
     const next_block ahead = block_after(to, call->student_type, start);
     real *out = is_in_place(call->student_type, count) ? (real *)to + start : at.p;
+    const lane weight = mixture ? lane_set(0) : student_mass(lane_set(k[BLOCK]), &constants);
     group sum = group_of(0);
-    lane without = lane_set(0), weight = lane_set(0);
-    const int64_t place = input->token - start; /* of the token, if it is in this block */
-    const int has_token = with_token && token_part != 0 && place >= 0 && place < count;
     if (with_student) x = block_at(input->student, call->student_type, start, count, at.x);
     if (with_teacher) y = block_at(input->teacher, call->teacher_type, start, count, at.y);
-    if (!mixture) weight = student_mass(lane_set(k[BLOCK]), &constants);
-#define GRADIENT(load, i, token)                                                                   \
-  gradient_rule(rule, with_token, load(x + (i)), load(y + (i)),                                    \
-                mixture ? student_mass(load(x + (i)), &constants)                                  \
-                        : lane_mul(load(k + (i)), weight),                                         \
-                load(k + (i)), &constants, scaled, constant, token)
-#define LOAD_ONE(from) lane_set(*(from))
-    if (has_token) /* before the logits are overwritten */
-      without = GRADIENT(LOAD_ONE, place, lane_set(0));
     FOR_EACH_LANE(count) {
-      const lane g = GRADIENT(lane_load, i, token);
+      const lane p =
+          mixture ? student_mass(lane_load(x + i), &constants) : lane_mul(lane_load(k + i), weight);
+      const lane g = gradient_rule(rule, lane_load(x + i), lane_load(y + i), p, lane_load(k + i),
+                                   &constants, scaled, constant);
       prefetch(ahead, i, part);
       if (rule != element_none) group_add(&sum, part, g);
       lane_store(out + i, g);
     }
-#undef GRADIENT
-#undef LOAD_ONE
-    if (has_token) /* b (1 - p_y), from 1 - p_y itself: p_y is too near to 1 to be subtracted from
-                      it */
-      out[place] = (real)((double)lane_maximum(without) + token_part * from->token_rest);
     if (dominant >= start && dominant < start + count) {
       out[dominant - start] = 0;
       sum = group_of(0);
@@ -757,21 +990,48 @@ SPECIALISED void gradient_pass(const row_call *call, const row_input *input, con
   if (dominant >= 0) store_element(to, call->student_type, dominant, (double)(real)-others);
 }
 
+/* a times the gradient of the divergence on a support, plus b (1[j = y] - p_j): every id has a
+ * multiple of p, and then the ids of the support and the token get theirs. */
+static void gradient_by_ids(const row_call *call, const row_input *input, const row *from,
+                            double per_logit, const workspace *work, void *to) {
+  const double a = from->divergence_coefficient, b = from->token_coefficient;
+  const double spread = has_support(call) && a != 0 ? a * from->spread : 0;
+  if (spread == b)
+    fill(0, call->student_type, 0, call->vocabulary, to);
+  else
+    gradient_pass(call, input, from, per_logit * (spread - b), work->kept, to, element_none);
+  if (b != 0) { /* 1 - p_y itself: p_y is too near to 1 to be subtracted from it */
+    const double p = spread != 0 ? SCALAR(exp)(from->token_logprob) : 0;
+    store_element(to, call->student_type, input->token,
+                  (double)(real)(per_logit * (b * from->token_rest + spread * p)));
+  }
+  for (int64_t i = 0; has_support(call) && a != 0 && i < work->count; i++) {
+    const support_entry *at = &work->entries[i];
+    double g = a * at->gradient;
+    if (b != 0) g += at->id == input->token ? b * from->token_rest : -b * SCALAR(exp)(at->student);
+    store_element(to, call->student_type, at->id, (double)(real)(per_logit * g));
+  }
+}
+
 static void gradient(const row_call *call, const row_input *input, const row *from, double factor,
-                     const void *kept, void *to) {
+                     const workspace *work, void *to) {
+  const double per_logit = factor * (double)temperature_of(call).inverse,
+               scale = from->divergence_coefficient * per_logit;
   if (!is_finite(from->loss)) {
     fill(NAN, call->student_type, 0, call->vocabulary, to);
+  } else if (has_support(call)) {
+    gradient_by_ids(call, input, from, per_logit, work, to);
   } else {
     switch (call->element) {
-#define PASS(rule, with_token)                                                                     \
-case rule: gradient_pass(call, input, from, factor, kept, to, rule, with_token); break
-      PASS(element_none, 1);
-      PASS(element_reverse_kl, 0);
-      PASS(element_forward_kl, 0);
-      PASS(element_entropy, 0);
+    case element_none: gradient_by_ids(call, input, from, per_logit, work, to); break;
+#define PASS(rule)                                                                                 \
+case rule: gradient_pass(call, input, from, scale, work->kept, to, rule); break
+      PASS(element_reverse_kl);
+      PASS(element_forward_kl);
+      PASS(element_entropy);
     case element_jsd:
-    case element_skew_forward: /* the same shape, u - p mean, for all that have derivatives */
-      PASS(element_skew_reverse, 0);
+    case element_skew_forward: /* the same shape, u - p mean, for all that keep derivatives */
+      PASS(element_skew_reverse);
 #undef PASS
     }
   }

@@ -6,6 +6,7 @@
  */
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "kernels.h"
@@ -21,8 +22,12 @@ double SCALAR(expm1)(double x);
 double SCALAR(log)(double x);
 double SCALAR(log1p)(double x);
 double SCALAR(bregman)(double d);
-double KERNEL(advantage)(const row_call *call, const row_input *input, const row *at);
+void KERNEL(describe)(const row_call *call, const row_input *input, row *at);
+double KERNEL(drift)(double mean, double kappa);
+void KERNEL(select)(const row_call *call, row *at);
 void KERNEL(settle)(const row_call *call, const row_input *input, row *at);
+double KERNEL(support)(const row_call *call, support_entry *entries, int64_t count,
+                       double student_tail, double teacher_tail, double *spread);
 
 /* Inlined always, so that every dtype and rule it is called with makes a loop of its own,
  * without branches. */
@@ -73,12 +78,19 @@ double SCALAR(log)(double x) {
 
 double SCALAR(log1p)(double v) {
   if (v <= -1) return v == -1 ? -INFINITY : NAN;
+  if (v > 1) return SCALAR(log)(1 + v); /* v itself would drown the digits of its log */
   if (!(v < INFINITY)) return v;
   return v - log1p_remainder(v);
 }
 
-double KERNEL(advantage)(const row_call *call, const row_input *input, const row *at) {
-  return advantage_rule(call, input, at);
+void KERNEL(describe)(const row_call *call, const row_input *input, row *at) {
+  describe_rule(call, input, at);
+}
+double KERNEL(drift)(double mean, double kappa) { return drift_rule(mean, kappa); }
+void KERNEL(select)(const row_call *call, row *at) { selection_rule(call, at); }
+double KERNEL(support)(const row_call *call, support_entry *entries, int64_t count,
+                       double student_tail, double teacher_tail, double *spread) {
+  return support_rule(call, entries, count, (support_tail){student_tail, teacher_tail}, spread);
 }
 void KERNEL(settle)(const row_call *call, const row_input *input, row *at) {
   token_rule_of(call, input, at);
@@ -87,11 +99,16 @@ void KERNEL(settle)(const row_call *call, const row_input *input, row *at) {
 #endif
 
 #if OPDC_F64
-const row_kernels JOIN(row_kernels_f64, OPDC_ISA);
-const row_kernels JOIN(row_kernels_f64, OPDC_ISA) = {measure, KERNEL(settle), keep, gradient,
-                                                     scale};
+#  define KERNELS JOIN(row_kernels_f64, OPDC_ISA)
 #else
-const row_kernels JOIN(row_kernels_f32, OPDC_ISA);
-const row_kernels JOIN(row_kernels_f32, OPDC_ISA) = {measure, KERNEL(settle), keep, gradient,
-                                                     scale};
+#  define KERNELS JOIN(row_kernels_f32, OPDC_ISA)
 #endif
+extern const row_kernels KERNELS;
+const row_kernels KERNELS = {.measure = measure,
+                             .select = KERNEL(select),
+                             .settle = KERNEL(settle),
+                             .keep = keep,
+                             .gradient = gradient,
+                             .topk = topk,
+                             .drift = KERNEL(drift),
+                             .scale = scale};

@@ -26,13 +26,19 @@
   X(k2, element_none, token_k2, NEEDS_TOKENS | NEEDS_TEACHER)                                      \
   X(k3, element_none, token_k3, NEEDS_TOKENS | NEEDS_TEACHER)                                      \
   X(token_logprobs, element_none, token_logprob, NEEDS_TOKENS)                                     \
-  X(entropy, element_entropy, token_entropy, NEEDS_NOTHING)
+  X(entropy, element_entropy, token_entropy, NEEDS_NOTHING)                                        \
+  X(tropd, element_forward_kl, token_tropd, NEEDS_TOKENS | NEEDS_TEACHER | NEEDS_SUPPORT)          \
+  X(eopd, element_forward_kl, token_eopd, NEEDS_TOKENS | NEEDS_TEACHER | NEEDS_SUPPORT)            \
+  X(reopold_exploration, element_none, token_reopold_exploration, NEEDS_TOKENS | NEEDS_TEACHER)    \
+  X(reopold_refinement, element_none, token_reopold_refinement, NEEDS_TOKENS | NEEDS_TEACHER)      \
+  X(aopd, element_forward_kl, token_aopd, NEEDS_TOKENS | NEEDS_TEACHER | NEEDS_SUPPORT)
 
 enum {
   NEEDS_NOTHING = 0,
-  NEEDS_TEACHER_LOGITS = 1, /* logits of the teacher */
-  NEEDS_TEACHER = 2,        /* logits of the teacher, or its log-probs of the tokens */
-  NEEDS_TOKENS = 4
+  NEEDS_TEACHER_LOGITS = 1, /* logits of the teacher, or with a support its top-K log-probs */
+  NEEDS_TEACHER = 2,        /* the same, or its log-probs of the tokens */
+  NEEDS_TOKENS = 4,
+  NEEDS_SUPPORT = 8 /* its divergence runs over a support */
 };
 
 #ifdef SCALAR /* the formulas: for row_isa.c, which has the lanes and the scalar functions */
@@ -170,6 +176,101 @@ SPECIALISED lane mixture_rule(const element_rule rule, pair_of_masses at, mixtur
   return lane_select(at.teacher_higher, of_low, of_high);
 }
 
+/* --- Divergences on a support --------------------------------------------------------------------
+ *
+ * S is a set of ids, P and Q its masses under student and teacher. By how p and q are normalised:
+ *
+ *   none         p, q                        teacher   p, q / Q
+ *   both         p / P, q / Q                tail      p, q, and all other ids as one more
+ *   generalized  p, q, and the reverse KL has the terms q - p besides
+ *
+ * With u_k = d value / d s_k, of all S and of the tail, the gradient is u_k - p_k sum u on S, and
+ * off S p_j (u_tail / p_tail - sum u): `spread` is what stands beside p_j there.
+ *
+ *   forward  sum -q d     u = -q
+ *   reverse  sum p d      u = p (d + 1); the 1 goes where q - p is in the value
+ *   jsd      as above
+ *
+ * Where p sums to 1, a multiple of p in u makes no difference: there u = p - q and u = p d, which
+ * are 0 for equal models.
+ */
+typedef struct support_tail {
+  double student, teacher; /* log(1 - P), log(1 - Q) */
+} support_tail;
+
+#  if OPDC_F64
+static inline double support_rule(const row_call *call, support_entry *entries, int64_t count,
+                                  support_tail tail, double *spread) {
+  const int reverse = call->element == element_reverse_kl, jsd = call->element == element_jsd;
+  const int with_tail = call->normalize == OPDC_TAIL, both = call->normalize == OPDC_BOTH;
+  const int sparse = call->slot_bytes != 0;
+  /* which masses sum to 1; those of a sparse teacher do so to the rounding of what came */
+  const int student_closed = both || with_tail, teacher_closed = both || (with_tail && !sparse);
+  const int with_one = !student_closed && call->normalize != OPDC_GENERALIZED;
+  const mixture_weights weights = {call->teacher_weight, call->student_weight};
+  const mixture_reference reference = {1, 0, 1};
+  double student_total = with_tail ? SCALAR(exp)(tail.student) : 0,
+         teacher_total = with_tail ? SCALAR(exp)(tail.teacher) : 0;
+  double value = 0, excess = 0, sum = 0, tail_derivative = 0, others = 0, largest = 0.5;
+  int64_t dominant = -1;
+  for (int64_t i = 0; i < count; i++) {
+    student_total += SCALAR(exp)(entries[i].student);
+    teacher_total += SCALAR(exp)(entries[i].teacher);
+  }
+  if ((both && !(student_total > 0 && teacher_total > 0)) ||
+      (call->normalize == OPDC_BY_TEACHER && !(teacher_total > 0)))
+    return NAN;
+  const double student_log = student_closed ? SCALAR(log)(student_total) : 0;
+  const double teacher_log =
+      teacher_closed || call->normalize == OPDC_BY_TEACHER ? SCALAR(log)(teacher_total) : 0;
+  for (int64_t i = 0; i < count + with_tail; i++) {
+    const double s = (i < count ? entries[i].student : tail.student) - student_log;
+    const double t = (i < count ? entries[i].teacher : tail.teacher) - teacher_log;
+    const double p = SCALAR(exp)(s), q = SCALAR(exp)(t), d = s - t;
+    double term, derivative;
+    if (jsd) {
+      pair_of_masses pair = {
+          .high = p > q ? p : q, .distance = fabs(d), .teacher_higher = lane_less(d, 0)};
+      pair.ratio = exponential_gap(pair.distance, &pair.gap);
+      term = mixture_rule(element_jsd, pair, weights, 0, reference, &derivative);
+      term = pair.high == 0 ? 0 : pair.high * term;
+      derivative = pair.high == 0 ? 0 : pair.high * derivative;
+    } else {
+      const kl_terms terms = kl_rule(p, q, d, 1);
+      term = reverse ? terms.reverse : terms.forward;
+      if (reverse) /* p d = (q - p + p d) + (p - q) */
+        derivative = terms.reverse + terms.excess + (with_one ? p : 0);
+      else
+        derivative = student_closed ? terms.excess : -q;
+      excess += terms.excess;
+    }
+    value += term;
+    sum += derivative;
+    if (i == count) {
+      tail_derivative = p > 0 ? derivative / p : 0;
+      others = derivative;
+    } else {
+      entries[i].gradient = derivative;
+      entries[i].student = s;
+      if (student_closed && p > largest) {
+        largest = p;
+        dominant = i;
+      }
+    }
+  }
+  if (with_tail) others -= SCALAR(exp)(tail.student - student_log) * sum;
+  for (int64_t i = 0; i < count; i++) {
+    entries[i].gradient -= SCALAR(exp)(entries[i].student) * sum;
+    if (i != dominant) others += entries[i].gradient;
+  }
+  if (dominant >= 0) entries[dominant].gradient = -others; /* all of S and the tail sum to 0 */
+  *spread = both ? 0 : tail_derivative - sum;
+  if (teacher_closed) return value < 0 ? 0 : value;
+  if (jsd || call->normalize == OPDC_GENERALIZED) return value;
+  return reverse ? value + excess : value - excess;
+}
+#  endif
+
 /* --- Token rules ---------------------------------------------------------------------------------
  *
  * From the measured row to its loss, a (divergence_coefficient) and b (token_coefficient).
@@ -180,40 +281,162 @@ static inline double entropy_of(const mass *of) {
   return SCALAR(log1p)(of->rest) - of->moment / (1 + of->rest);
 }
 
+/* The teacher's log-prob of the token, tau_y. */
+static inline double teacher_logprob_of(const row_input *input, const row *at) {
+  return input->teacher ? at->token_log_ratio + at->token_logprob : input->teacher_logprob;
+}
+
 /* The advantage of policy gradients: A = lambda (t_y - r_y) - (s_old - r_y), r a reference
  * policy; t_y - s_old without one. The current log-prob stands for s_old where there is none or
  * `advantage` says so: A = R for lambda = 1. */
 static inline double advantage_rule(const row_call *call, const row_input *input, const row *at) {
-  const double teacher_logprob =
-      input->teacher ? at->token_log_ratio + at->token_logprob : input->teacher_logprob;
+  const double teacher_logprob = teacher_logprob_of(input, at);
   const int of_old = call->has_old && call->advantage == OPDC_ADVANTAGE_OLD;
   const double plain = of_old ? teacher_logprob - input->old_logprob : at->token_log_ratio;
   if (!call->has_reference) return plain;
-  return plain + (call->reward_scale - 1) * (teacher_logprob - input->reference_logprob);
+  return plain + (call->settings.reward_scale - 1) * (teacher_logprob - input->reference_logprob);
+}
+
+/* What follows from a measured row before any rule is chosen. */
+static inline void describe_rule(const row_call *call, const row_input *input, row *at) {
+  at->student_entropy = entropy_of(&at->student);
+  at->teacher_entropy = input->teacher ? entropy_of(&at->teacher) : input->teacher_entropy;
+  at->k3 = SCALAR(bregman)(-at->token_log_ratio);
+  at->advantage = advantage_rule(call, input, at);
+}
+
+/* l = -A rho, rho = p_y / p_old; with a clip range max(-A rho, -A clip(rho)), flat where clipped.
+ */
+typedef struct policy {
+  double loss, token_coefficient, clipped;
+} policy;
+
+static inline policy policy_rule(const row_call *call, const row_input *input, const row *at,
+                                 double advantage) {
+  const double rho = call->has_old ? SCALAR(exp)(at->token_logprob - input->old_logprob) : 1;
+  const double low = 1 - call->settings.clip_low, high = 1 + call->settings.clip_high;
+  const double bounded = rho < low ? low : rho > high ? high : rho;
+  const double plain = 0 - advantage * rho, clipped = 0 - advantage * bounded;
+  return clipped > plain ? (policy){clipped, 0, 1} : (policy){plain, plain, 0};
+}
+
+/* The lowest reward of REOPOLD (arXiv 2603.11137): log of the ratio of a mixture n q + (1 - n) p to
+ * p, in the limit, over the share of p. */
+static inline double floor_rule(double n) { return n == 1 ? -1 : SCALAR(log)(n) / (1 - n); }
+
+/* Which positions REOPOLD keeps: those that the teacher does not reject, later those on which the
+ * student is undecided. */
+static inline void selection_rule(const row_call *call, row *at) {
+  const double floor = floor_rule(call->settings.mixture);
+  if (at->token_log_ratio != at->token_log_ratio)
+    at->selected = 0;
+  else if (call->token == token_reopold_exploration)
+    at->selected = at->token_log_ratio >= floor;
+  else if (call->token == token_reopold_refinement)
+    at->selected = at->student_entropy >= call->settings.entropy_threshold;
+}
+
+/* The blockwise drift gate (arXiv 2606.24084), before it is divided by its mean. */
+static inline double drift_rule(double mean, double kappa) {
+  return SCALAR(exp)(-kappa * fabs(mean));
+}
+
+/* Adds weight times a policy term; a term of weight 0 is not evaluated. */
+static inline void add_policy(row *at, double weight, policy term) {
+  if (weight == 0) return;
+  at->loss += weight * term.loss;
+  at->token_coefficient += weight * term.token_coefficient;
+  at->clipped += weight * term.clipped;
+}
+static inline void add_divergence(row *at, double weight) {
+  if (weight == 0) return;
+  at->loss += weight * at->divergence;
+  at->divergence_coefficient = weight;
+}
+
+/* TrOPD (arXiv 2606.01249): the policy term where the teacher trusts the token, with probability
+ * min(q_y / p_y, 1); a forward KL on its top K, or less, elsewhere. */
+static inline void tropd_rule(const row_call *call, const row_input *input, row *at) {
+  const double R =
+      call->has_old ? teacher_logprob_of(input, at) - input->old_logprob : at->token_log_ratio;
+  const double given = call->settings.threshold;
+  const double threshold = given == given ? given : floor_rule(0.3);
+  const double probability = R < 0 ? SCALAR(exp)(R) : 1;
+  const double lifted = at->advantage < threshold ? threshold : at->advantage;
+  if (input->prefix) { /* -b s_y on what the teacher wrote */
+    at->loss = -call->settings.prefix_weight * at->token_logprob;
+    at->token_coefficient = -call->settings.prefix_weight;
+    return;
+  }
+  if (R != R) {
+    at->loss = NAN;
+    return;
+  }
+  switch (call->region) {
+  case OPDC_SAMPLED:
+    at->trusted =
+        call->is_double ? input->uniform < probability : (float)input->uniform < (float)probability;
+    break;
+  case OPDC_EXPECTED: at->trusted = probability; break;
+  case OPDC_THRESHOLD: at->trusted = R >= threshold; break;
+  }
+  add_policy(at, at->trusted, policy_rule(call, input, at, at->advantage));
+  switch (call->outlier) {
+  case OPDC_OUTLIER_FORWARD_KL: add_divergence(at, 1 - at->trusted); break;
+  case OPDC_OUTLIER_MASK: break;
+  case OPDC_OUTLIER_CLIP:
+    add_policy(at, 1 - at->trusted, policy_rule(call, input, at, lifted));
+    break;
+  }
+}
+
+/* EOPD (arXiv 2603.07079): the policy term everywhere, and a forward KL where the teacher is
+ * undecided. */
+static inline void eopd_rule(const row_call *call, const row_input *input, row *at) {
+  const double H = at->teacher_entropy;
+  add_policy(at, 1, policy_rule(call, input, at, at->advantage));
+  at->gated = H > call->settings.entropy_threshold;
+  if (H != H) at->loss = NAN;
+  if (at->gated != 0) add_divergence(at, call->settings.forward_weight);
+}
+
+/* AOPD (arXiv 2605.06387): a forward KL where the teacher does not want more of the token than the
+ * student gives it, q_y - p_y <= threshold, and the policy term elsewhere. */
+static inline void aopd_rule(const row_call *call, const row_input *input, row *at) {
+  const double R = at->token_log_ratio, p = SCALAR(exp)(at->token_logprob);
+  const double gap = R < 1 ? p * SCALAR(expm1)(R) : SCALAR(exp)(teacher_logprob_of(input, at)) - p;
+  if (gap != gap) {
+    at->loss = NAN;
+    return;
+  }
+  at->gated = gap <= call->settings.threshold;
+  if (at->gated != 0)
+    add_divergence(at, 1);
+  else
+    add_policy(at, 1, policy_rule(call, input, at, R));
+}
+
+/* REOPOLD: rewards not below the floor, on the positions that selection_rule keeps. */
+static inline void reopold_rule(const row_call *call, const row_input *input, row *at) {
+  const double R = at->token_log_ratio, floor = floor_rule(call->settings.mixture);
+  add_policy(at, at->selected, policy_rule(call, input, at, R < floor ? floor : R));
+  if (R != R) at->loss = NAN;
 }
 
 static inline void token_rule_of(const row_call *call, const row_input *input, row *at) {
   const double R = at->token_log_ratio;
-  at->student_entropy = entropy_of(&at->student);
-  at->teacher_entropy = entropy_of(&at->teacher);
-  at->k3 = SCALAR(bregman)(-R);
-  at->divergence_coefficient = at->token_coefficient = at->clipped = 0;
+  at->loss = at->divergence_coefficient = at->token_coefficient = at->clipped = 0;
   switch (call->token) {
-  case token_divergence:
+  case token_divergence: /* what the element rule sums */
     at->loss = at->divergence;
     at->divergence_coefficient = 1;
     break;
-  case token_policy: { /* l = -A rho, rho = p_y / p_old; with a clip range max(-A rho, -A
-                          clip(rho)), flat where clipped */
-    const double rho = call->has_old ? SCALAR(exp)(at->token_logprob - input->old_logprob) : 1;
-    const double low = 1 - call->clip_low, high = 1 + call->clip_high;
-    const double bounded = rho < low ? low : rho > high ? high : rho;
-    const double plain = 0 - at->advantage * rho, clipped = 0 - at->advantage * bounded;
-    at->clipped = clipped > plain;
-    at->loss = at->clipped != 0 ? clipped : plain;
-    at->token_coefficient = at->clipped != 0 ? 0 : plain;
-    break;
-  }
+  case token_policy: add_policy(at, 1, policy_rule(call, input, at, at->advantage)); break;
+  case token_tropd: tropd_rule(call, input, at); break;
+  case token_eopd: eopd_rule(call, input, at); break;
+  case token_aopd: aopd_rule(call, input, at); break;
+  case token_reopold_exploration:
+  case token_reopold_refinement: reopold_rule(call, input, at); break;
   case token_k2: /* l = R^2 / 2, dl / ds_y = -R */
     at->loss = R * R / 2;
     at->token_coefficient = -R;

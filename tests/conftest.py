@@ -55,6 +55,7 @@ HAZARDS = {
     10: "cancellation where student ≈ teacher",
     11: "gradient of the true class rounded early",
     12: "confident rows, underflow",
+    13: "ties in top-K, order of NaN",
     16: "vocabularies of different sizes",
     17: "strides, alignment, non-contiguous upstream",
     18: "non-uniform upstream",

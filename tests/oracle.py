@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import mpmath
 import torch
@@ -148,6 +149,205 @@ def _entropy_row(z: Tensor, temperature: float) -> Tensor:
     return -(s.exp() * s).sum()
 
 
+# ----------------------------------------------------------------- rows on a support
+
+
+class TopK(NamedTuple):
+    """A sparse teacher, ids and log-probs `(..., K)`; the fields of `opdc.TopK`."""
+
+    ids: Tensor
+    logprobs: Tensor
+    token_logprobs: Tensor | None = None
+    entropy: Tensor | None = None
+    tail_logprob: Tensor | None = None
+
+
+class Slots(NamedTuple):
+    """One row of a sparse teacher: float64 log-probs of the whole vocabulary, at T already."""
+
+    ids: list[int]  # < 0: the slot is missing
+    logprobs: Tensor
+    token_logprob: float | None = None
+    entropy: float | None = None
+    tail_logprob: float | None = None
+
+
+def is_sparse(teacher: Tensor | TopK) -> bool:
+    return not isinstance(teacher, Tensor)
+
+
+def teacher_rows(teacher: Tensor | TopK, size: int) -> list[Tensor] | list[Slots]:
+    """The float64 rows of logits, or of slots, that `support_divergence_row` takes."""
+    if not is_sparse(teacher):
+        return list(_rows(teacher.detach(), size))
+
+    def column(values: Tensor | None) -> list[float | None]:
+        positions = math.prod(teacher.ids.shape[:-1])
+        return [None] * positions if values is None else values.double().reshape(-1).tolist()
+
+    slots = teacher.ids.shape[-1]
+    return [
+        Slots(*row)
+        for row in zip(
+            teacher.ids.reshape(-1, slots).tolist(),
+            teacher.logprobs.detach().double().reshape(-1, slots),
+            column(teacher.token_logprobs),
+            column(teacher.entropy),
+            column(teacher.tail_logprob),
+            strict=True,
+        )
+    ]
+
+
+def ranking(row: Tensor, k: int) -> list[int]:
+    """The k largest of the ids that exist: value first, then the lower id."""
+    values = row.tolist()
+    existing = (index for index, value in enumerate(values) if value > -INFINITY)
+    return sorted(existing, key=lambda index: (-values[index], index))[:k]
+
+
+def _log_softmax(row: Tensor, temperature: float) -> Tensor:
+    """−inf, as a constant, where the row has it."""
+    exists = row > -INFINITY
+    result = torch.full_like(row, -INFINITY)
+    result[exists] = torch.log_softmax(row[exists] / temperature, -1)
+    return result
+
+
+def _log_sum(logprobs: Tensor) -> Tensor:
+    possible = logprobs[logprobs > -INFINITY]
+    return torch.logsumexp(possible, -1) if len(possible) else logprobs.new_tensor(-INFINITY)
+
+
+def _plain_kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """Σ a (log a − log b) as it is printed, for measures that need not have the mass 1."""
+    possible = log_a > -INFINITY
+    if (log_b[possible] == -INFINITY).any():
+        raise _InfiniteDivergenceError
+    return (log_a[possible].exp() * (log_a[possible] - log_b[possible])).sum()
+
+
+def _plain_of(name: str, beta: float) -> Divergence:
+    def jsd(log_p: Tensor, log_q: Tensor) -> Tensor:
+        mixture = torch.logaddexp(math.log(beta) + log_q, math.log1p(-beta) + log_p)
+        return beta * _plain_kl(log_q, mixture) + (1.0 - beta) * _plain_kl(log_p, mixture)
+
+    if name == "forward_kl" or (name == "jsd" and beta == 0.0):
+        return lambda log_p, log_q: _plain_kl(log_q, log_p)
+    if name == "reverse_kl" or (name == "jsd" and beta == 1.0):
+        return _plain_kl
+    return jsd
+
+
+def _bregman_of(name: str, beta: float) -> Divergence:
+    return {"forward_kl": _forward_of, "reverse_kl": _reverse_of}.get(name) or _jsd_of(beta)
+
+
+def support_divergence_row(
+    z: Tensor,
+    teacher: Tensor | Slots,
+    temperature: float,
+    divergence: str,
+    support: str,
+    k: int | None,
+    normalize: str,
+    token: int | None = None,
+    beta: float = 0.5,
+) -> Tensor:
+    """The top-K divergence of one position, attached to the student's row `z`.
+
+    `teacher`: its logits, or its `Slots`; `divergence`: "forward_kl", "reverse_kl" or "jsd";
+    `support`: "teacher", "student" or "teacher+token"; `normalize`: "none", "teacher", "both",
+    "tail" or "generalized".
+    """
+    sparse = isinstance(teacher, Slots)
+    ids, teacher_logits = _support(z, teacher, support, k, token)
+    if ids is None:
+        return _poisoned(z, math.nan)
+    renormalised = normalize in ("teacher", "both")
+    if not ids and not renormalised:
+        return z[:0].sum()
+    if not ids or torch.isnan(teacher_logits).any():
+        return _poisoned(z, math.nan)
+
+    # The teacher on S: its slots hold log-probs, a row of logits is normalised here.
+    if renormalised:
+        if _is_undefined(teacher_logits):
+            return _poisoned(z, math.nan)
+        tau = _log_softmax(teacher_logits, 1.0 if sparse else temperature)
+    elif sparse:
+        tau = teacher_logits
+    else:
+        if _is_undefined(teacher):
+            return _poisoned(z, math.nan)
+        tau = _log_softmax(teacher, temperature)[ids]
+
+    # The student on S: `both` reads nothing else of it.
+    read = z[ids] if normalize == "both" else z
+    if _is_undefined(read):
+        return _poisoned(z, math.nan)
+    whole = _log_softmax(read, temperature)
+    s = whole if normalize == "both" else whole[ids]
+
+    # The Bregman shares of `_kl_to_mixture` are zero in sum where both sides have equal mass. The
+    # generalised KL is defined with them.
+    formula = _plain_of(divergence, beta)
+    if normalize in ("both", "generalized"):
+        assert normalize == "both" or divergence == "reverse_kl"
+        formula = _bregman_of(divergence, beta)
+    if normalize == "tail":
+        outside = torch.ones(len(z), dtype=torch.bool)
+        outside[ids] = False
+        s = torch.cat([s, _log_sum(whole[outside])[None]])
+        tau = torch.cat([tau, _log_teacher_tail(teacher, tau, outside, temperature)[None]])
+        if not sparse:  # the mass of what a server sends is 1 up to its rounding only
+            formula = _bregman_of(divergence, beta)
+        exists = (s > -INFINITY) | (tau > -INFINITY)
+        s, tau = s[exists], tau[exists]
+    try:
+        return formula(s, tau)
+    except _InfiniteDivergenceError:
+        return _poisoned(z, INFINITY)
+
+
+def _support(
+    z: Tensor, teacher: Tensor | Slots, support: str, k: int | None, token: int | None
+) -> tuple[list[int] | None, Tensor]:
+    """S, and the teacher's logits (its log-probs if sparse) there; None where nothing ranks."""
+    if isinstance(teacher, Slots):
+        assert support in ("teacher", "teacher+token")
+        present = [
+            slot
+            for slot, index in enumerate(teacher.ids)
+            if index >= 0 and teacher.logprobs[slot] != -INFINITY
+        ]
+        ids, logprobs = [teacher.ids[slot] for slot in present], teacher.logprobs[present]
+        joins = support == "teacher+token" and token not in ids
+        if joins and teacher.token_logprob != -INFINITY:
+            ids = [*ids, token]
+            logprobs = torch.cat([logprobs, logprobs.new_tensor([teacher.token_logprob])])
+        assert not logprobs.exp().sum() > 1.0 + 1e-4, "more mass than a distribution has"
+        return ids, logprobs
+    ranked = z.detach() if support == "student" else teacher
+    if _is_undefined(ranked):
+        return None, teacher
+    ids = ranking(ranked, k)
+    if support == "teacher+token" and token not in ids and teacher[token] > -INFINITY:
+        ids.append(token)
+    return ids, teacher[ids]
+
+
+def _log_teacher_tail(
+    teacher: Tensor | Slots, tau: Tensor, outside: Tensor, temperature: float
+) -> Tensor:
+    """log(1 − Q)."""
+    if not isinstance(teacher, Slots):
+        return _log_sum(_log_softmax(teacher, temperature)[outside])
+    if teacher.tail_logprob is not None:
+        return tau.new_tensor(teacher.tail_logprob)
+    return torch.log1p(-tau.exp().sum().clamp(max=1.0))
+
+
 # ----------------------------------------------------------------- positions and reductions
 
 
@@ -206,9 +406,10 @@ def _rows(tensor: Tensor, size: int) -> Tensor:
 
 def _divergence(
     student: Tensor,
-    teacher: Tensor,
-    divergence: Divergence,
+    teacher: Tensor | TopK,
+    row: Callable[[Tensor, Tensor | Slots, int | None, float], Tensor],
     *,
+    tokens: Tensor | None = None,
     temperature: float = 1.0,
     mask: Tensor | None = None,
     weights: Tensor | None = None,
@@ -216,11 +417,12 @@ def _divergence(
     reduction: str = "mean",
     num_items: float | None = None,
 ) -> Tensor:
-    size = _vocabulary(student, teacher, valid_vocab)
-    z, t = _rows(student, size), _rows(teacher.detach(), size)
+    size = _vocabulary(student, student if is_sparse(teacher) else teacher, valid_vocab)
+    z, rows = _rows(student, size), teacher_rows(teacher, size)
+    y = [None] * len(rows) if tokens is None else tokens.reshape(-1).tolist()
     losses = _over_positions(
         _active(student.shape[:-1], mask),
-        lambda index: _divergence_row(z[index], t[index], float(temperature), divergence),
+        lambda index: row(z[index], rows[index], y[index], float(temperature)),
         student,
     )
     return _reduce(losses, mask, weights, reduction, num_items)
@@ -229,22 +431,81 @@ def _divergence(
 # ----------------------------------------------------------------- the public names
 
 
-def reverse_kl(student: Tensor, teacher: Tensor, **common) -> Tensor:
-    return _divergence(student, teacher, _reverse_of, **common)
+def reverse_kl(student: Tensor, teacher: Tensor | TopK, **keywords) -> Tensor:
+    return _full_or_top_k(student, teacher, "reverse_kl", **keywords)
 
 
-def forward_kl(student: Tensor, teacher: Tensor, **common) -> Tensor:
-    return _divergence(student, teacher, _forward_of, **common)
+def forward_kl(student: Tensor, teacher: Tensor | TopK, **keywords) -> Tensor:
+    return _full_or_top_k(student, teacher, "forward_kl", **keywords)
 
 
-def jsd(student: Tensor, teacher: Tensor, *, beta: float = 0.5, **common) -> Tensor:
-    return _divergence(student, teacher, _jsd_of(beta), **common)
+def jsd(student: Tensor, teacher: Tensor | TopK, *, beta: float = 0.5, **keywords) -> Tensor:
+    return _full_or_top_k(student, teacher, "jsd", beta, **keywords)
+
+
+def lsm(
+    student: Tensor,
+    teacher: Tensor | TopK,
+    *,
+    k: int | None = None,
+    support: str | None = None,
+    **keywords,
+) -> Tensor:
+    if k is None and not is_sparse(teacher):
+        k = 32
+    return reverse_kl(
+        student, teacher, k=k, support=support or "teacher", normalize="both", **keywords
+    )
+
+
+def _full_or_top_k(
+    student: Tensor,
+    teacher: Tensor | TopK,
+    name: str,
+    beta: float = 0.5,
+    *,
+    support: str | None = None,
+    k: int | None = None,
+    normalize: str | None = None,
+    **common,
+) -> Tensor:
+    if support is None:
+        support = "teacher" if is_sparse(teacher) else "full"
+
+    def row(z: Tensor, t: Tensor | Slots, token: int | None, temperature: float) -> Tensor:
+        if support == "full":
+            return _divergence_row(z, t, temperature, _bregman_of(name, beta))
+        return support_divergence_row(
+            z, t, temperature, name, support, k, normalize, token=token, beta=beta
+        )
+
+    return _divergence(student, teacher, row, **common)
+
+
+def topk(
+    logits: Tensor, k: int, *, temperature: float = 1.0, valid_vocab: int | None = None
+) -> TopK:
+    rows = _rows(logits.detach(), _vocabulary(logits, logits, valid_vocab))
+    ids = torch.full((len(rows), k), -1)
+    logprobs = torch.full((len(rows), k), -INFINITY, dtype=torch.float64)
+    for index, row in enumerate(rows):
+        if _is_undefined(row):
+            logprobs[index] = math.nan
+            continue
+        best = ranking(row, k)
+        ids[index, : len(best)] = torch.tensor(best)
+        logprobs[index, : len(best)] = _log_softmax(row, float(temperature))[best]
+    shape = (*logits.shape[:-1], k)
+    return TopK(ids.reshape(shape), logprobs.reshape(shape))
 
 
 def skew_kl(
     student: Tensor, teacher: Tensor, *, alpha: float = 0.1, direction: str = "forward", **common
 ) -> Tensor:
-    return _divergence(student, teacher, _skew_of(alpha, direction), **common)
+    divergence = _skew_of(alpha, direction)
+    return _divergence(
+        student, teacher, lambda z, t, _, T: _divergence_row(z, t, T, divergence), **common
+    )
 
 
 def token_logprobs(

@@ -16,6 +16,7 @@ from torch.func import functional_call, grad, hessian, jacrev, vmap
 from torch.utils.checkpoint import checkpoint
 
 import opdc
+from core import core_call
 from opdc import _ops
 
 B, C, V = 2, 3, 11
@@ -419,9 +420,21 @@ def test_hazard_22_autocast():
 
 def operator_inputs(name, requires_grad=False):
     student, teacher = logits().requires_grad_(requires_grad), logits()
-    settings = _ops.settings(0.7, 0.3, 0.2, 0.3, 0.5, 1.0, None)
-    tensors = (student, teacher, TOKENS, MASK, OLD.abs(), None, OLD, None, settings)
-    options = ("k1", _ops.REDUCTIONS.index("none"), 0, V)
+    numbers = {"temperature": 0.7, "clip_low": 0.2, "clip_high": 0.3, "discount": 0.5}
+    method, *inputs = core_call(
+        "k1",
+        student,
+        teacher,
+        tokens=TOKENS,
+        mask=MASK,
+        weights=OLD.abs(),
+        old_logprobs=OLD,
+        settings=_ops.settings(numbers, None),
+        reduction=_ops.REDUCTIONS.index("none"),
+        valid_vocab=V,
+    ).values()
+    place = len(_ops.TENSORS) + 2  # the student, these, and the settings
+    tensors, options = tuple(inputs[:place]), (method, *inputs[place:])
     if name == "loss":
         return (*tensors, *options, True, True)
     if name == "loss_":
@@ -440,10 +453,10 @@ def test_opcheck(name):
 
 def test_opcheck_of_strided_logits():
     student, teacher = logits(shape=(B, C + 1, V))[:, :-1], logits(shape=(B, C, 2 * V))[..., :V]
-    options = ("reverse_kl", 2, 0, 0, True, False)
-    settings = _ops.settings(1.0, 0.0, math.inf, math.inf, 0.0, 1.0, None)
-    inputs = (student, teacher, *(None,) * 6, settings, *options)
-    torch.library.opcheck(torch.ops.opdc.loss.default, inputs)
+    method, *inputs = core_call("reverse_kl", student, teacher).values()
+    inputs.insert(len(_ops.TENSORS) + 2, method)  # behind the tensors
+    inputs += [True, False]
+    torch.library.opcheck(torch.ops.opdc.loss.default, tuple(inputs))
 
 
 def test_a_bare_operator_has_no_silent_derivative():
@@ -719,7 +732,8 @@ def test_the_temperature_of_a_module_wins_over_the_callers():
     )
     assert torch.equal(free(student, teacher), opdc.reverse_kl(student, teacher))
     assert repr(fixed) == (
-        "ReverseKLLoss(temperature=2.0, valid_vocab=None, reduction='mean', inplace=False)"
+        "ReverseKLLoss(temperature=2.0, valid_vocab=None, reduction='mean', inplace=False, "
+        "support=None, k=None, normalize=None)"
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +14,8 @@ import torch
 import opdc
 from opdc.__main__ import COMMANDS, main
 from opdc.bench import report
-from opdc.bench.contenders import FUNCTIONS, Contender, loss_and_gradient, make_inputs
-from opdc.bench.measure import CHECKED_ROWS, REHEARSALS, interleave
+from opdc.bench.contenders import FUNCTIONS, Contender, make_inputs, work
+from opdc.bench.measure import REHEARSALS, interleave
 
 TINY = ["bench", "--rows", "3", "--vocabulary", "1000", "--repeats", "2", "--threads", "1"]
 
@@ -106,16 +108,21 @@ def test_bench_measures_every_function(capsys, monkeypatch, tmp_path):
         for figures in case["microseconds"].values():
             assert 0 < figures["low"] <= figures["median"] <= figures["high"]
     assert all(record["opdc"] > 0 for record in result["overhead"])
+    for record in result["orders"]:
+        assert record["opdc"].keys() == record["eager"].keys()
+        assert record["opdc"].keys() == {"random", "ascending", "descending", "constant"}
     assert (folder / "bench.png").stat().st_size > 10_000
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
     assert "| K1, teacher log-probs | bfloat16 |" in text
+    assert "| LSM, teacher top 32 | float32 |" in text
+    assert "rows in an adverse order" in text
 
 
 def test_bench_shows_an_old_result(capsys, tmp_path):
-    words = ["--contenders", "opdc", "--functions", "k1,entropy", "--dtypes", "float32"]
+    words = ["--contenders", "opdc", "--functions", "k1,topk", "--dtypes", "float32"]
     saved, plot = tmp_path / "result.json", tmp_path / "plot.png"
     assert main([*TINY, *words, "--json", str(saved), "--output", str(tmp_path)]) == 0
     first = capsys.readouterr().out
@@ -136,11 +143,11 @@ def test_bench_leaves_out_what_the_budget_forbids(capsys, tmp_path):
 def test_bench_cuts_what_does_not_fit_into_pieces():
     inputs = make_inputs(6, 100)
     function = FUNCTIONS["jsd"]
-    whole = loss_and_gradient(function.textbook, function, inputs)
-    pieces = loss_and_gradient(function.textbook, function, inputs, pieces=3)
+    whole = work(function.textbook, function, inputs)
+    pieces = work(function.textbook, function, inputs, pieces=3)
     whole.prepare()
     pieces.prepare()
-    torch.testing.assert_close(whole.run()[:CHECKED_ROWS], pieces.run())
+    torch.testing.assert_close(whole.run()[:2], pieces.run())
 
 
 def test_contenders_take_turns():
@@ -186,3 +193,9 @@ def test_interrupted_bench_keeps_what_it_has(capsys, monkeypatch, tmp_path):
 )
 def test_bad_arguments_are_one_clear_line(words, named, capsys):
     assert named in failure(capsys, *words)
+
+
+def test_the_examples_of_the_readme_run():
+    readme = Path(__file__).parent.parent / "README.md"
+    (example,) = re.findall(r"```python\n(import .*?)```", readme.read_text(), re.DOTALL)
+    exec(example, {})

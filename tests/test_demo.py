@@ -16,16 +16,17 @@ pytest.importorskip("rich")
 
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+import opdc
 from opdc import demo
 from opdc.__main__ import main
-from opdc.demo import command, loading, task
+from opdc.demo import command, compare, loading, methods, task, training
 from opdc.demo.evaluate import Evaluation
 from opdc.demo.loop import Clock, distill, response_logits, roll_out
 
 
 @pytest.fixture(autouse=True)
 def few_problems(monkeypatch):
-    monkeypatch.setattr(command, "BUILT_IN_EVALUATION", 16)
+    monkeypatch.setattr(training, "BUILT_IN_EVALUATION", 16)
 
 
 @pytest.fixture
@@ -108,7 +109,6 @@ def test_every_method_gives_the_loss_written_by_hand(run, method):
     assert result["updates"] == 2
     timing = result["loss_timing"]
     assert timing["opdc_loss"] == pytest.approx(timing["eager_loss"], rel=1e-4, abs=1e-6)
-    assert set(command.LOSSES) == set(command.BY_HAND) == set(demo.METHODS)
 
 
 def test_a_seed_fixes_the_run_and_looking_at_the_student_does_not_change_it(run, monkeypatch):
@@ -125,7 +125,7 @@ def test_the_shipped_models_are_a_teacher_and_a_weaker_student_that_learns():
     pair = loading.load_pair(None, None)
     problems = task.Arithmetic(seed=5).batch(256)
     settings = {"batch": 256, "temperature": 1.0, "max_new_tokens": 26}
-    before = Evaluation(pair, problems, **settings)(0)
+    before = Evaluation(pair, problems, **settings)(pair.student, 0)
     assert 0.2 < before.exact_match["T = 1"] < 0.35
     teacher = roll_out(pair.teacher, pair.tokenizer, [p.prompt for p in problems], 0.0, 26)
     answers = pair.tokenizer.batch_decode(teacher.tokens, skip_special_tokens=True)
@@ -137,7 +137,7 @@ def test_the_shipped_models_are_a_teacher_and_a_weaker_student_that_learns():
         pair.student,
         pair.teacher,
         pair.tokenizer,
-        command.LOSSES["reverse_kl"](),
+        opdc.nn.ReverseKLLoss(),
         ([p.prompt for p in source.batch(64)] for _ in range(8)),
         learning_rate=1e-3,
         temperature=1.0,
@@ -145,7 +145,7 @@ def test_the_shipped_models_are_a_teacher_and_a_weaker_student_that_learns():
         clock=Clock(),
     )
     assert sum(1 for _ in updates) == 8
-    after = Evaluation(pair, problems, **settings)(8)
+    after = Evaluation(pair, problems, **settings)(pair.student, 8)
     assert after.reverse_kl < 0.8 * before.reverse_kl
     assert after.exact_match["T = 1"] > before.exact_match["T = 1"] + 0.05
 
@@ -159,7 +159,7 @@ def test_own_models_with_heads_of_different_size_and_prompts_without_answers(run
         '{"prompt": "1 * 2 - 7 + 4 ?", "answer": null}',
     )
     words = ("--student", student, "--prompts", prompts, "--max-new-tokens", "5")
-    for method in ("reverse_kl", "k1"):
+    for method in ("reverse_kl", "tropd"):
         status, out, _ = run(*words, "--method", method, "--json", steps=3)
         result = json.loads(out)
         assert status == 0
@@ -191,7 +191,7 @@ def test_control_c_ends_with_what_was_reached(run, monkeypatch, tmp_path, after)
             yield next(updates)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "distill", interrupted)
+    monkeypatch.setattr(training, "distill", interrupted)
     status, out, _ = run(steps=50)
     assert status == 0
     assert f"{after} updates" in out
@@ -206,8 +206,90 @@ def test_control_c_before_anything_was_reached(run, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "load_pair", interrupted)
+    monkeypatch.setattr(training, "load_pair", interrupted)
     assert run() == (130, "", "python -m opdc demo: interrupted\n")
+
+
+def test_reopold_refines_after_a_third_of_the_updates(run, monkeypatch):
+    phases = []
+
+    class Watched(opdc.nn.REOPOLDLoss):
+        def forward(self, *arguments, **keywords):
+            phases.append(self.phase)
+            return super().forward(*arguments, **keywords)
+
+    watched = methods.METHODS["reopold"]._replace(loss=Watched)
+    monkeypatch.setitem(methods.METHODS, "reopold", watched)
+    assert run("--method", "reopold", steps=7)[0] == 0
+    assert phases[:7] == 3 * ["exploration"] + 4 * ["refinement"]
+    assert set(phases[7:]) == {"refinement"}  # the timing at the end
+
+
+# --- the comparison --------------------------------------------------------------------------
+
+
+def test_compares_methods_and_seeds(run, tmp_path):
+    words = ("--compare", "k1", "tropd", "k1", "--seeds", "2", "--jobs", "1")
+    status, out, _ = run(*words)
+    assert status == 0
+    for text in ("2 seeds", "before", "k1", "tropd", "teacher", "±", "T = 0.6", "greedy"):
+        assert text in out
+    assert methods.METHODS["tropd"].remark.split()[-1] in out
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+    result = json.loads(run(*words, "--json", "--seed", "5")[1])
+    runs = {(r["method"], r["seed"]): r for r in result["runs"]}
+    assert runs.keys() == {("k1", 5), ("tropd", 5), ("k1", 6), ("tropd", 6)}
+    for method in ("k1", "tropd"):
+        scores = [runs[method, seed]["scores"][-1]["reverse_kl"] for seed in (5, 6)]
+        final = result["final"][method]["reverse KL on policy"]
+        assert final["mean"] == pytest.approx(sum(scores) / 2)
+        assert final["spread"] == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
+    # All begin with the same student and the same score; a run is the one that --method makes.
+    assert all(r["scores"][0] == result["before"] for r in runs.values())
+    alone = json.loads(run("--method", "k1", "--json", "--seed", "5")[1])
+    assert alone["losses"] == runs["k1", 5]["losses"]
+    assert alone["scores"][-1] == runs["k1", 5]["scores"][-1]
+    assert result["teacher"]["reverse_kl"] == 0
+
+
+def test_runs_in_processes_of_their_own_give_the_same(run, tmp_path):
+    prompts = write(tmp_path / "prompts.jsonl", '{"prompt": "3 + 5 * 2 - 7 ?", "answer": 9}')
+    words = ("--compare", "k1", "tropd", "--seeds", "1", "--json", "--prompts", prompts)
+    together, alone = (
+        {r["method"]: (r["losses"], r["scores"]) for r in json.loads(out)["runs"]}
+        for _, out, _ in (run(*words, "--jobs", jobs, steps=1) for jobs in (2, 1))
+    )
+    assert together == alone
+
+
+def test_a_comparison_without_known_answers(run, tmp_path):
+    student = save(tmp_path / "student", tiny_llama(vocabulary=256), tokenizer())
+    prompts = write(tmp_path / "prompts.jsonl", '{"prompt": "3 + 5 ?"}')
+    words = ("--student", student, "--prompts", prompts, "--compare", "k1", "lsm", "--seeds", "1")
+    status, out, _ = run(*words)
+    assert status == 0
+    assert "exact match" not in out.lower()
+    assert "reverse KL on policy" in out
+    assert methods.METHODS["lsm"].remark.split()[-1] not in out
+
+
+def test_control_c_ends_a_comparison_with_what_was_reached(run, monkeypatch):
+    whole = compare._one
+
+    def interrupted(task, on_update):
+        if task[2] == 1:  # the second seed
+            raise KeyboardInterrupt
+        return whole(task, on_update)
+
+    monkeypatch.setattr(compare, "_one", interrupted)
+    status, out, err = run("--compare", "k1", "k2", "--seeds", "2", "--jobs", "1", "--json")
+    result = json.loads(out)
+    assert status == 0
+    assert "2 runs" in err
+    assert result["interrupted"]
+    assert [r["seed"] for r in result["runs"]] == [0, 0]
+    assert run("--compare", "k1", "--seed", "1", "--jobs", "1")[0] == 130
 
 
 # --- the loop --------------------------------------------------------------------------------
@@ -330,6 +412,14 @@ def test_a_plot_that_cannot_be_written(complaint, tmp_path):
     assert "is a folder" in complaint("--output", tmp_path)
 
 
+def test_options_of_a_comparison_alone(complaint, capsys):
+    assert "--compare" in complaint("--seeds", "2")
+    for words in (("--compare", "k4"), ("--compare", "k1", "--method", "k1")):
+        with pytest.raises(SystemExit, match="2"):
+            main(["demo", *words])
+        assert "--compare" in capsys.readouterr().err
+
+
 def test_a_missing_package_names_the_extra(complaint, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
@@ -353,10 +443,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, monkeypatch):
         def forward(self, student, _, **__):
             return student.sum() * torch.nan
 
-    monkeypatch.setitem(command.LOSSES, "k2", lambda **_: NotANumber())
+    broken = methods.METHODS["k2"]._replace(loss=lambda **_: NotANumber())
+    monkeypatch.setitem(methods.METHODS, "k2", broken)
     status, out, err = run("--method", "k2")
     assert (status, out) == (2, "")
     assert "--learning-rate" in err.splitlines()[-1]
+    # In a comparison the other runs go on.
+    words = ("--seeds", "1", "--jobs", "1")
+    status, out, _ = run("--compare", "k1", "k2", *words)
+    assert status == 0
+    assert "Left out: k2, seed 0: the loss is nan at update 1" in out
+    status, out, err = run("--compare", "k2", *words)
+    assert (status, out) == (2, "")
+    assert "no run came to its end" in err.splitlines()[-1]
 
 
 def test_a_shipped_folder_is_small():

@@ -8,6 +8,7 @@ import itertools
 import math
 import mmap
 import os
+import pathlib
 import resource
 import subprocess
 import sys
@@ -20,10 +21,10 @@ import torch
 
 import opdc
 from capsules import Producer
+from core import SETTINGS, core_call
 from opdc import _C
 
-SETTINGS = torch.tensor([1, 0.3, math.inf, math.inf, 0, 1, math.nan], dtype=torch.float64)
-NOTHING = (None,) * 6
+HERE = pathlib.Path(__file__).parent  # `python -c` finds this folder's modules from here
 
 
 def core(method, student, teacher, *, tokens=None, mask=None, gradient=None, threads=1):
@@ -35,10 +36,8 @@ def core(method, student, teacher, *, tokens=None, mask=None, gradient=None, thr
     if gradient is None:
         gradient = torch.empty(shape, dtype=getattr(torch, str(student.dtype).split(".")[-1]))
     metrics = torch.empty(len(_C.metric_names()), dtype=torch.float64)
-    _C.loss(
-        *(method, student, teacher, tokens, mask, None, None, None, None, SETTINGS, 2, 0, 0),
-        *(value, gradient, rows, metrics, threads),
-    )
+    call = core_call(method, student, teacher, tokens=tokens, mask=mask)
+    _C.loss(*call.values(), value, gradient, rows, metrics, threads)
     return value, gradient, metrics
 
 
@@ -189,7 +188,7 @@ def test_hazard_23_many_calls_leave_nothing_behind():
     def run(count):
         for student, teacher in itertools.islice(itertools.cycle(calls), count):
             with contextlib.suppress(TypeError, ValueError):
-                _C.loss("jsd", student, teacher, *NOTHING, SETTINGS, 2, 0, 0, *outputs, 1)
+                _C.loss(*core_call("jsd", student, teacher).values(), *outputs, 1)
 
     watched = [x for pair in calls for x in pair] + [SETTINGS, *outputs]
     before = [sys.getrefcount(x) for x in watched if x is not None and not isinstance(x, int)]
@@ -236,14 +235,16 @@ def test_hazard_23_every_export_is_given_back_once(unversioned):
     )
     value, rows = torch.empty(()), torch.empty(1, _C.ROW, dtype=torch.float64)
     for right in (True, False):
-        tail = (*NOTHING, SETTINGS, 2, 0, 0 if right else 99, value, None, rows, None, 1)
+        vocabulary = {"valid_vocab": 0 if right else 99}
+        outputs = (value, None, rows, None, 1)
+        call = core_call("reverse_kl", student, teacher, **vocabulary)
         if right:
-            _C.loss("reverse_kl", student, teacher, *tail)
+            _C.loss(*call.values(), *outputs)
         else:
             with pytest.raises(ValueError, match="valid_vocab"):
-                _C.loss("reverse_kl", student, teacher, *tail)
+                _C.loss(*call.values(), *outputs)
         with pytest.raises(TypeError, match="teacher"):
-            _C.loss("reverse_kl", student, 3, *tail)
+            _C.loss(*core_call("reverse_kl", student, 3, **vocabulary).values(), *outputs)
     assert student.exported == student.deleted == 4
     assert teacher.exported == teacher.deleted == 2
     assert value == opdc.reverse_kl(numbers[:1], numbers[1:])
@@ -264,8 +265,8 @@ def test_hazard_24_an_export_lives_as_long_as_the_call():
     expected = core("reverse_kl", torch.from_numpy(student), torch.from_numpy(teacher))
     value, rows = torch.empty(()), torch.empty(64, _C.ROW, dtype=torch.float64)
     for _ in range(5):
-        tail = (*NOTHING, SETTINGS, 2, 0, 0, value, None, rows, None, 1)
-        _C.loss("reverse_kl", OnlyCopy(student), OnlyCopy(teacher), *tail)
+        call = core_call("reverse_kl", OnlyCopy(student), OnlyCopy(teacher))
+        _C.loss(*call.values(), value, None, rows, None, 1)
         assert value == expected[0]
 
 
@@ -371,15 +372,15 @@ def test_hazard_28_scaling_does_not_depend_on_threads():
 FORK = """
 import os, signal, torch
 import opdc
+from core import core_call
 from opdc import _C
 
 student, teacher = torch.randn(2, 64, 4000)
-settings = torch.tensor([1, 0, 0, 0, 0, 1, float("nan")], dtype=torch.float64)
 value, rows = torch.empty(()), torch.empty(64, _C.ROW, dtype=torch.float64)
 
 def loss():
-    nothing = (None,) * 6
-    _C.loss("reverse_kl", student, teacher, *nothing, settings, 2, 0, 0, value, None, rows, None, 2)
+    call = core_call("reverse_kl", student, teacher)
+    _C.loss(*call.values(), value, None, rows, None, 2)
     return value.item()
 
 parent = loss()  # starts the threads that a forked child does not have
@@ -396,19 +397,23 @@ assert loss() == parent
 def test_hazard_25_fork_after_threads():
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORK], env=environment, check=True, timeout=120
+        [sys.executable, "-W", "ignore", "-c", FORK],
+        env=environment,
+        check=True,
+        timeout=120,
+        cwd=HERE,
     )
 
 
 STARVED = """
 import resource, torch
+from core import core_call
 from opdc import _C
 
 student, teacher = torch.randn(1, 1 << 24), torch.randn(1, 1 << 24)
 value, gradient = torch.full((), 7.0), torch.full_like(student, 7.0)
 rows = torch.zeros(1, _C.ROW, dtype=torch.float64)
-settings = torch.tensor([1, 0.5, torch.inf, torch.inf, 0, 1, torch.nan], dtype=torch.float64)
-call = ["jsd", student, teacher, *[None] * 6, settings, 2, 0, 0, value, gradient, rows, None, 1]
+call = [*core_call("jsd", student, teacher).values(), value, gradient, rows, None, 1]
 in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (in_use + (16 << 20), resource.RLIM_INFINITY))
 try:
@@ -427,7 +432,7 @@ except MemoryError as error:
 def test_hazard_31_no_room_for_the_row_of_a_thread():
     """The only allocation of the core fails: an error, nothing written, and the next call works."""
     process = subprocess.run(
-        [sys.executable, "-c", STARVED], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", STARVED], capture_output=True, text=True, timeout=60, cwd=HERE
     )
     assert process.stdout.strip() == "refused, then done", process.stderr
 

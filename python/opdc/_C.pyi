@@ -17,9 +17,20 @@ def loss(
     teacher_logprobs: object | None,
     old_logprobs: object | None,
     reference_logprobs: object | None,
+    slot_ids: object | None,
+    slot_logprobs: object | None,
+    teacher_entropy: object | None,
+    tail_logprobs: object | None,
+    prefix_mask: object | None,
+    uniforms: object | None,
     settings: object,
     reduction: int,
     advantage: int,
+    support: int,
+    normalize: int,
+    region: int,
+    outlier: int,
+    k: int,
     valid_vocab: int,
     value: object,
     gradient: object | None,
@@ -38,9 +49,20 @@ def gradient(
     teacher_logprobs: object | None,
     old_logprobs: object | None,
     reference_logprobs: object | None,
+    slot_ids: object | None,
+    slot_logprobs: object | None,
+    teacher_entropy: object | None,
+    tail_logprobs: object | None,
+    prefix_mask: object | None,
+    uniforms: object | None,
     settings: object,
     reduction: int,
     advantage: int,
+    support: int,
+    normalize: int,
+    region: int,
+    outlier: int,
+    k: int,
     valid_vocab: int,
     rows: object,
     upstream: object,
@@ -49,8 +71,26 @@ def gradient(
     /,
 ) -> None: ...
 def scale(gradient: object, upstream: object, output: object, threads: int, /) -> None: ...
+def topk(
+    logits: object,
+    temperature: float,
+    valid_vocab: int,
+    ids: object,
+    logprobs: object,
+    threads: int,
+    /,
+) -> None: ...
+def drift_gate(
+    logprobs: object,
+    old_logprobs: object,
+    mask: object | None,
+    weights: object,
+    block: int,
+    kappa: float,
+    /,
+) -> None: ...
 def methods() -> tuple[str, ...]: ...
 def metric_names() -> tuple[str, ...]: ...
-def metrics_of(method: str, teacher_logits: bool, /) -> tuple[str, ...]: ...
+def metrics_of(method: str, teacher_logits: bool, support: int, /) -> tuple[str, ...]: ...
 def instruction_set() -> str: ...
 def instruction_sets() -> tuple[str, ...]: ...

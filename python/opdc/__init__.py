@@ -15,28 +15,48 @@ import torch as _torch  # noqa: F401 - first, so that the C core joins its OpenM
 from . import metrics, nn
 from ._ops import __version__
 from .functional import (
+    aopd,
     entropy,
+    eopd,
     forward_kl,
     jsd,
     k1,
     k2,
     k3,
+    lsm,
+    reopold,
     reverse_kl,
     skew_kl,
     token_logprobs,
+    topk,
+    tropd,
 )
+from .schedules import BlendBudget, PrefixLength
+from .support import TopK
+from .weighting import drift_gate, special_token_mask
 
 __all__ = [
+    "BlendBudget",
+    "PrefixLength",
+    "TopK",
     "__version__",
+    "aopd",
+    "drift_gate",
     "entropy",
+    "eopd",
     "forward_kl",
     "jsd",
     "k1",
     "k2",
     "k3",
+    "lsm",
     "metrics",
     "nn",
+    "reopold",
     "reverse_kl",
     "skew_kl",
+    "special_token_mask",
     "token_logprobs",
+    "topk",
+    "tropd",
 ]

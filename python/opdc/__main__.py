@@ -12,7 +12,7 @@ import opdc.info
 
 COMMANDS = {
     "info": "what this installation runs on: versions, instruction set, threads",
-    "demo": "a real on-policy distillation on the CPU in about three minutes",
+    "demo": "a real on-policy distillation on the CPU in about a minute, or several that compare",
     "bench": "opdc against eager PyTorch, torch.compile and the bandwidth of the memory",
 }
 

@@ -8,7 +8,7 @@ and would answer a second derivative with a silent zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -19,31 +19,66 @@ from . import _C
 __version__ = _C.__version__
 METRICS = _C.metric_names()
 REDUCTIONS = ("none", "sum", "mean", "seq_mean")  # in the order of opdc_reduction
-ADVANTAGES = ("old", "current")  # in the order of opdc_advantage
+ADVANTAGES = ("old", "current")  # in the order of opdc_advantage, and so on
+SUPPORTS = ("full", "teacher", "student", "teacher+token")
+NORMALIZATIONS = ("none", "teacher", "both", "tail", "generalized")
+REGIONS = ("sampled", "expected", "threshold")
+OUTLIERS = ("forward_kl", "mask", "clip")
 METRICS_OF = {
-    (method, teacher_logits): _C.metrics_of(method, teacher_logits)
+    (method, teacher_logits, support): _C.metrics_of(method, teacher_logits, support)
     for method in _C.methods()
     for teacher_logits in (False, True)
+    for support in range(len(SUPPORTS))
 }
 
 _PER_POSITION = REDUCTIONS.index("none")
 
 # ----------------------------------------------------------------- operators
 
-_TENSORS = (
-    "Tensor? teacher, Tensor? tokens, Tensor? mask, Tensor? weights, Tensor? teacher_logprobs, "
-    "Tensor? old_logprobs, Tensor? reference_logprobs, Tensor settings"
+# What a loss is called with, in the order of the C core. All that C takes is here and in `Call`.
+TENSORS = (
+    *("teacher", "tokens", "mask", "weights", "teacher_logprobs", "old_logprobs"),
+    *("reference_logprobs", "slot_ids", "slot_logprobs", "teacher_entropy", "tail_logprobs"),
+    *("prefix_mask", "uniforms"),
 )
-_OPTIONS = "str method, int reduction, int advantage, SymInt valid_vocab"
+INTEGERS = ("reduction", "advantage", "support", "normalize", "region", "outlier", "k")
+NUMBERS = {  # opdc_settings, and what it holds where a loss has no use for it
+    "temperature": 1.0,
+    "mixture": 0.0,
+    "clip_low": math.inf,
+    "clip_high": math.inf,
+    "discount": 0.0,
+    "reward_scale": 1.0,
+    "threshold": math.nan,
+    "entropy_threshold": math.nan,
+    "forward_weight": 1.0,
+    "prefix_weight": 0.0,
+    "keep": 1.0,
+}
+
+_CALL = ", ".join(
+    [
+        *(f"Tensor? {name}" for name in TENSORS),
+        "Tensor settings, str method",
+        *(f"int {name}" for name in INTEGERS[:-1]),
+        "SymInt k, SymInt valid_vocab",
+    ]
+)
+_REDUCTION = len(TENSORS) + 2  # its place among the arguments after the student
+_ARGUMENTS = len(TENSORS) + 2 + len(INTEGERS) + 1  # those of _CALL
 
 _library = torch.library.Library("opdc", "DEF")
 for _schema in (
-    f"loss(Tensor student, {_TENSORS}, {_OPTIONS}, bool with_gradient, bool with_metrics)"
+    f"loss(Tensor student, {_CALL}, bool with_gradient, bool with_metrics)"
     " -> (Tensor value, Tensor gradient, Tensor rows, Tensor metrics)",
-    f"loss_(Tensor(a!) student, {_TENSORS}, {_OPTIONS}, bool with_metrics)"
+    f"loss_(Tensor(a!) student, {_CALL}, bool with_metrics)"
     " -> (Tensor value, Tensor rows, Tensor metrics)",
-    f"gradient(Tensor student, {_TENSORS}, {_OPTIONS}, Tensor rows, Tensor upstream) -> Tensor",
+    f"gradient(Tensor student, {_CALL}, Tensor rows, Tensor upstream) -> Tensor",
     "scale(Tensor gradient, Tensor upstream) -> Tensor",
+    "topk(Tensor logits, SymInt k, Tensor temperature, SymInt valid_vocab)"
+    " -> (Tensor ids, Tensor logprobs)",
+    "drift_gate(Tensor logprobs, Tensor old_logprobs, Tensor? mask, int block, Tensor kappa)"
+    " -> Tensor",
     "scale_(Tensor(a!) gradient, Tensor upstream) -> ()",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -56,6 +91,8 @@ _loss_inplace_operator: Callable[..., tuple[Tensor, ...]] = torch.ops.opdc.loss_
 _gradient_operator: Callable[..., Tensor] = torch.ops.opdc.gradient.default
 _scale_operator: Callable[..., Tensor] = torch.ops.opdc.scale.default
 _scale_inplace_operator: Callable[..., None] = torch.ops.opdc.scale_.default
+_topk_operator: Callable[..., tuple[Tensor, Tensor]] = torch.ops.opdc.topk.default
+_drift_gate_operator: Callable[..., Tensor] = torch.ops.opdc.drift_gate.default
 
 
 def _outputs(
@@ -75,28 +112,34 @@ def _outputs(
     return value, rows, metrics
 
 
-def _loss_cpu(student: Tensor, teacher: Tensor | None, *call: Any) -> tuple[Tensor, ...]:
-    *tensors, method, reduction, advantage, valid_vocab, with_gradient, with_metrics = call
-    value, rows, metrics = _outputs(student, teacher, reduction, with_metrics)
+def _in_order(student: Tensor, call: Sequence[Any]) -> tuple[Any, ...]:
+    """The arguments of an operator as the C core takes them."""
+    *tensors, settings = call[: len(TENSORS) + 1]
+    method, *integers = call[len(TENSORS) + 1 :]
+    return method, student, *tensors, settings, *integers
+
+
+def _loss_cpu(student: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *call, with_gradient, with_metrics = arguments
+    value, rows, metrics = _outputs(student, call[0], call[_REDUCTION], with_metrics)
     # Not empty_like: that would copy the strides of transposed logits.
     gradient = student.new_empty(student.shape if with_gradient else 0)
-    checked = (method, student, teacher, *tensors, reduction, advantage, valid_vocab)
     outputs = (value, gradient if with_gradient else None, rows, metrics if with_metrics else None)
-    _core_loss(*checked, *outputs, torch.get_num_threads())
+    _core_loss(*_in_order(student, call), *outputs, torch.get_num_threads())
     return value, gradient, rows, metrics
 
 
-def _loss_inplace_cpu(student: Tensor, teacher: Tensor | None, *call: Any) -> tuple[Tensor, ...]:
-    *tensors, method, reduction, advantage, valid_vocab, with_metrics = call
+def _loss_inplace_cpu(student: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *call, with_metrics = arguments
+    teacher = call[0]
     if teacher is not None and _share_memory(student, teacher):
         raise ValueError(
             "inplace=True would overwrite the teacher, whose memory overlaps with the student's: "
             "give teacher.clone(), or inplace=False"
         )
-    value, rows, metrics = _outputs(student, teacher, reduction, with_metrics)
-    checked = (method, student, teacher, *tensors, reduction, advantage, valid_vocab)
+    value, rows, metrics = _outputs(student, teacher, call[_REDUCTION], with_metrics)
     outputs = (value, student, rows, metrics if with_metrics else None)
-    _core_loss(*checked, *outputs, torch.get_num_threads())
+    _core_loss(*_in_order(student, call), *outputs, torch.get_num_threads())
     _overwritten(student)
     return value, rows, metrics
 
@@ -114,11 +157,10 @@ def _share_memory(first: Tensor, second: Tensor) -> bool:
     return first.data_ptr() <= last_byte(second) and second.data_ptr() <= last_byte(first)
 
 
-def _gradient_cpu(student: Tensor, *call: Any) -> Tensor:
-    *tensors, method, reduction, advantage, valid_vocab, rows, upstream = call
+def _gradient_cpu(student: Tensor, *arguments: Any) -> Tensor:
+    *call, rows, upstream = arguments
     gradient = student.new_empty(student.shape)
-    checked = (method, student, *tensors, reduction, advantage, valid_vocab)
-    _core_gradient(*checked, rows, upstream, gradient, torch.get_num_threads())
+    _core_gradient(*_in_order(student, call), rows, upstream, gradient, torch.get_num_threads())
     return gradient
 
 
@@ -139,15 +181,9 @@ def _overwritten(tensor: Tensor) -> None:
         torch.autograd.graph.increment_version(tensor)
 
 
-_NAMES = (
-    *("teacher", "tokens", "mask", "weights"),
-    *("teacher_logprobs", "old_logprobs", "reference_logprobs"),
-)
-
-
 def _check_devices(student: Tensor, tensors: Sequence[Tensor | None]) -> None:
     """Beside a meta tensor, fake kernels run for real: they would return uninitialised memory."""
-    for name, tensor in zip(_NAMES, tensors, strict=False):
+    for name, tensor in zip(TENSORS, tensors, strict=False):
         if tensor is not None and tensor.device != student.device:
             raise TypeError(
                 f"{name} is on {tensor.device} but student is on {student.device}: "
@@ -156,15 +192,15 @@ def _check_devices(student: Tensor, tensors: Sequence[Tensor | None]) -> None:
 
 
 def _loss_fake(student: Tensor, *call: Any) -> tuple[Tensor, ...]:
-    reduction, with_gradient, with_metrics = call[9], call[12], call[13]
+    *_, with_gradient, with_metrics = call
     _check_devices(student, call)
-    value, rows, metrics = _outputs(student, call[0], reduction, with_metrics)
+    value, rows, metrics = _outputs(student, call[0], call[_REDUCTION], with_metrics)
     return value, student.new_empty(student.shape if with_gradient else 0), rows, metrics
 
 
 def _loss_inplace_fake(student: Tensor, *call: Any) -> tuple[Tensor, ...]:
     _check_devices(student, call)
-    return _outputs(student, call[0], call[9], call[12])
+    return _outputs(student, call[0], call[_REDUCTION], call[-1])
 
 
 def _gradient_fake(student: Tensor, *call: Any) -> Tensor:
@@ -182,6 +218,39 @@ def _scale_inplace_fake(gradient: Tensor, upstream: Tensor) -> None:
     _scale_fake(gradient, upstream)
 
 
+def _topk_fake(
+    logits: Tensor, k: int, temperature: Tensor, valid_vocab: int
+) -> tuple[Tensor, Tensor]:
+    shape = (*logits.shape[:-1], k)
+    double = logits.dtype is torch.float64
+    ids = logits.new_empty(shape, dtype=torch.int64)
+    return ids, logits.new_empty(shape, dtype=torch.float64 if double else torch.float32)
+
+
+def _topk_cpu(
+    logits: Tensor, k: int, temperature: Tensor, valid_vocab: int
+) -> tuple[Tensor, Tensor]:
+    ids, logprobs = _topk_fake(logits, k, temperature, valid_vocab)
+    number = temperature.item()
+    _C.topk(logits, number, valid_vocab, ids, logprobs, torch.get_num_threads())
+    return ids, logprobs
+
+
+def _drift_gate_fake(
+    logprobs: Tensor, old_logprobs: Tensor, mask: Tensor | None, block: int, kappa: Tensor
+) -> Tensor:
+    dtype = torch.promote_types(logprobs.dtype, old_logprobs.dtype)
+    return logprobs.new_empty(logprobs.shape, dtype=torch.promote_types(dtype, torch.float32))
+
+
+def _drift_gate_cpu(
+    logprobs: Tensor, old_logprobs: Tensor, mask: Tensor | None, block: int, kappa: Tensor
+) -> Tensor:
+    weights = _drift_gate_fake(logprobs, old_logprobs, mask, block, kappa)
+    _C.drift_gate(logprobs, old_logprobs, mask, weights, block, kappa.item())
+    return weights
+
+
 def _refuse_cuda(*_: Any) -> NoReturn:
     raise TypeError("CUDA tensors are not supported yet: move them to the CPU with .cpu()")
 
@@ -192,6 +261,8 @@ for _name, _cpu, _fake in (
     ("gradient", _gradient_cpu, _gradient_fake),
     ("scale", _scale_cpu, _scale_fake),
     ("scale_", _scale_inplace_cpu, _scale_inplace_fake),
+    ("topk", _topk_cpu, _topk_fake),
+    ("drift_gate", _drift_gate_cpu, _drift_gate_fake),
 ):
     _library.impl(_name, _cpu, "CPU")
     _library.impl(_name, _refuse_cuda, "CUDA")
@@ -330,18 +401,33 @@ class _Loss(torch.autograd.Function):
         teacher_logprobs: Tensor | None,
         old_logprobs: Tensor | None,
         reference_logprobs: Tensor | None,
+        slot_ids: Tensor | None,
+        slot_logprobs: Tensor | None,
+        teacher_entropy: Tensor | None,
+        tail_logprobs: Tensor | None,
+        prefix_mask: Tensor | None,
+        uniforms: Tensor | None,
         settings: Tensor,
         method: str,
         reduction: int,
         advantage: int,
+        support: int,
+        normalize: int,
+        region: int,
+        outlier: int,
+        k: int,
         valid_vocab: int,
         with_gradient: bool,
         with_metrics: bool,
     ) -> tuple[Tensor, ...]:
-        tensors = (teacher, tokens, mask, weights, teacher_logprobs, old_logprobs)
-        options = (method, reduction, advantage, valid_vocab, with_gradient, with_metrics)
+        tensors = (
+            *(teacher, tokens, mask, weights, teacher_logprobs, old_logprobs, reference_logprobs),
+            *(slot_ids, slot_logprobs, teacher_entropy, tail_logprobs, prefix_mask, uniforms),
+            settings,
+        )
+        integers = (reduction, advantage, support, normalize, region, outlier, k, valid_vocab)
         return _without_derivative(
-            _loss_operator, student, *tensors, reference_logprobs, settings, *options
+            _loss_operator, student, *tensors, method, *integers, with_gradient, with_metrics
         )
 
     @staticmethod
@@ -355,12 +441,13 @@ class _Loss(torch.autograd.Function):
         if ctx.with_gradient:
             ctx.save_for_backward(gradient)
         else:
-            ctx.save_for_backward(*call[:9], rows)
-            ctx.options = call[9:]
+            tensors = len(TENSORS) + 2  # with the student and the settings
+            ctx.save_for_backward(*call[:tensors], rows)
+            ctx.options = call[tensors:]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 14
+        nothing = (None,) * (_ARGUMENTS + 2)
         if upstream is None:
             return None, *nothing
         if ctx.with_gradient:
@@ -396,7 +483,7 @@ class _LossInplace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 13
+        nothing = (None,) * (_ARGUMENTS + 1)
         if upstream is None:
             return None, *nothing
         (gradient,) = ctx.saved_tensors
@@ -406,27 +493,23 @@ class _LossInplace(torch.autograd.Function):
 # ----------------------------------------------------------------- what functional.py calls
 
 
-def settings(
-    temperature: float,
-    mixture: float,
-    clip_low: float,
-    clip_high: float,
-    discount: float,
-    reward_scale: float,
-    num_items: float | Tensor | None,
-) -> Tensor:
+def settings(numbers: Mapping[str, float], num_items: float | Tensor | None) -> Tensor:
     """The numbers of a call as the tensor that `opdc_settings` describes."""
-    numbers = (temperature, mixture, clip_low, clip_high, discount, reward_scale)
+    first = tuple({**NUMBERS, **numbers}.values())
     items = math.nan if num_items is None else num_items
     if torch.compiler.is_compiling():
-        # torch.tensor(numbers) would compile again for every value of a schedule.
+        # torch.tensor(first) would compile again for every value of a schedule.
         one = torch.ones((), dtype=torch.float64, device="cpu")
         last = _as_setting(items) if isinstance(items, Tensor) else one * items
-        return torch.stack([*(one * number for number in numbers), last])
+        return torch.stack([*(one * number for number in first), last])
     if isinstance(items, Tensor):
-        first = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-        return torch.cat([first, _as_setting(items).reshape(1)])
-    return torch.tensor((*numbers, items), dtype=torch.float64, device="cpu")
+        return torch.cat(
+            [
+                torch.tensor(first, dtype=torch.float64, device="cpu"),
+                _as_setting(items).reshape(1),
+            ]
+        )
+    return torch.tensor((*first, items), dtype=torch.float64, device="cpu")
 
 
 def _as_setting(number: Tensor) -> Tensor:
@@ -435,17 +518,24 @@ def _as_setting(number: Tensor) -> Tensor:
 
 def loss(
     student: Tensor,
-    tensors: Sequence[Tensor | None],
     method: str,
-    reduction: int,
-    advantage: int,
+    tensors: Mapping[str, Tensor | None],
+    settings: Tensor,
+    integers: Mapping[str, int],
     valid_vocab: int,
     *,
     inplace: bool = False,
     with_metrics: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Value and metrics. `tensors`: teacher, ..., settings in the order of the operators."""
-    call = (student, *tensors, method, reduction, advantage, valid_vocab)
+    """Value and metrics; what is missing in `tensors` is None, in `integers` 0."""
+    call = (
+        student,
+        *(tensors.get(name) for name in TENSORS),
+        settings,
+        method,
+        *(integers.get(name, 0) for name in INTEGERS),
+        valid_vocab,
+    )
     needs_gradient = torch.is_grad_enabled() and student.requires_grad
     if not needs_gradient and not transforms_active():
         value, _, _, metrics = _without_derivative(_loss_operator, *call, False, with_metrics)
@@ -454,7 +544,18 @@ def loss(
     else:
         # A float16 gradient under a mean underflows before a loss scale reaches it: backward
         # computes it with the scale in it.
-        early = reduction != _PER_POSITION and student.dtype is not torch.float16
+        early = integers["reduction"] != _PER_POSITION and student.dtype is not torch.float16
         with_gradient = needs_gradient and early
         value, _, _, metrics = _apply(_Loss, *call, with_gradient, with_metrics)
     return value, metrics
+
+
+def topk(logits: Tensor, k: int, temperature: Tensor, valid_vocab: int) -> tuple[Tensor, Tensor]:
+    """Ids and log-probs."""
+    return _topk_operator(logits, k, temperature, valid_vocab)
+
+
+def drift_gate(
+    logprobs: Tensor, old_logprobs: Tensor, mask: Tensor | None, block: int, kappa: Tensor
+) -> Tensor:
+    return _drift_gate_operator(logprobs, old_logprobs, mask, block, kappa)

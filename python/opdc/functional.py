@@ -26,18 +26,14 @@ and devices. Nothing has been written then.
 
 from __future__ import annotations
 
-import math
-import numbers
-from typing import Any, TypeAlias, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from . import _ops
-
-# Tensor, or (Tensor, dict[str, Tensor]) with return_metrics=True. A union would make every caller
-# of a type checker take it apart.
-Loss: TypeAlias = Any
+from . import _arguments, _ops
+from ._arguments import Loss
+from .support import TopK
 
 
 class Common(TypedDict, total=False):
@@ -84,7 +80,36 @@ class Common(TypedDict, total=False):
     return_metrics: bool
 
 
-def reverse_kl(student: Tensor, teacher: Tensor, **common: Unpack[Common]) -> Loss:
+class Supports:
+    """What a divergence on a support `S` is, by `normalize`. `P` and `Q` are the masses of `S`.
+
+    ============== =================================== ==========================================
+    normalize      forward KL                          reverse KL
+    ============== =================================== ==========================================
+    "none"         `Σ_S q (τ − s)`                     `Σ_S p (s − τ)`
+    "teacher"      `Σ_S q̂ (log q̂ − s)`, `q̂ = q/Q`      `Σ_S p (s − log q̂)`
+    "both"         `Σ_S q̂ (log q̂ − log p̂)`             `Σ_S p̂ (log p̂ − log q̂)`, `p̂ = p/P`
+    "tail"         over `S` and one id for all others  over `S` and one id for all others
+    "generalized"  not defined                         `Σ_S [p (s − τ) − p + q]`
+    ============== =================================== ==========================================
+
+    The Jensen-Shannon divergence is defined for "both" and "tail". "none" may be negative. "both"
+    reads only the logits on `S`, and moves no mass between `S` and the other ids. An id that the
+    ranking model excludes does not enter `S`. A row whose `S` has no mass in one of the models is
+    NaN for "both", and for "teacher" if the model is the teacher.
+    """
+
+
+def reverse_kl(
+    student: Tensor,
+    teacher: Tensor | TopK,
+    *,
+    support: str | None = None,
+    k: int | None = None,
+    normalize: str | None = None,
+    tokens: Tensor | None = None,
+    **common: Unpack[Common],
+) -> Loss:
     """Reverse Kullback-Leibler divergence `KL(p ‖ q) = Σ p (s − τ)`: mode-seeking.
 
     The loss of on-policy distillation over the whole vocabulary (MiniLLM, arXiv 2306.08543, eq. 1;
@@ -92,12 +117,18 @@ def reverse_kl(student: Tensor, teacher: Tensor, **common: Unpack[Common]) -> Lo
 
     Args:
         student: logits `(..., V)`; receives the gradient.
-        teacher: logits `(..., V)`.
+        teacher: logits `(..., V)`, or a `TopK`.
+        support: which ids the divergence runs over. "full" (the default for logits); "teacher", the
+            `k` that the teacher ranks first (the default for a `TopK`); "student", those of the
+            student; "teacher+token", the teacher's and the token.
+        k: the size of the support; for a `TopK` its number of slots.
+        normalize: what the probabilities on a support are, see `Supports`; must be named with one.
+        tokens: the sampled ids `(...)`, for "teacher+token".
         **common: temperature, mask, weights, valid_vocab, reduction, num_items, inplace and
             return_metrics; see `Common`.
 
     Returns:
-        The loss, `()` or, with `reduction="none"`, `(...)`; never negative.
+        The loss, `()` or, with `reduction="none"`, `(...)`; never negative over the vocabulary.
 
     >>> import opdc, torch
     >>> student = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)
@@ -107,10 +138,19 @@ def reverse_kl(student: Tensor, teacher: Tensor, **common: Unpack[Common]) -> Lo
     >>> f"{loss.item():.4f}", [f"{g:+.4f}" for g in student.grad[0].tolist()]
     ('1.1504', ['-0.2836', '-0.2815', '+0.5652'])
     """
-    return _loss("reverse_kl", student, teacher, **common)
+    return _divergence("reverse_kl", student, teacher, support, k, normalize, tokens, **common)
 
 
-def forward_kl(student: Tensor, teacher: Tensor, **common: Unpack[Common]) -> Loss:
+def forward_kl(
+    student: Tensor,
+    teacher: Tensor | TopK,
+    *,
+    support: str | None = None,
+    k: int | None = None,
+    normalize: str | None = None,
+    tokens: Tensor | None = None,
+    **common: Unpack[Common],
+) -> Loss:
     """Forward Kullback-Leibler divergence `KL(q ‖ p) = Σ q (τ − s)`: mass-covering.
 
     The loss of classical distillation (Hinton et al., arXiv 1503.02531, without `T²`); its gradient
@@ -118,11 +158,12 @@ def forward_kl(student: Tensor, teacher: Tensor, **common: Unpack[Common]) -> Lo
 
     Args:
         student: logits `(..., V)`; receives the gradient.
-        teacher: logits `(..., V)`.
+        teacher: logits `(..., V)`, or a `TopK`.
+        support, k, normalize, tokens: as for `reverse_kl`.
         **common: see `Common`.
 
     Returns:
-        The loss, `()` or, with `reduction="none"`, `(...)`; never negative.
+        The loss, `()` or, with `reduction="none"`, `(...)`; never negative over the vocabulary.
 
     >>> import opdc, torch
     >>> student = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)
@@ -132,10 +173,20 @@ def forward_kl(student: Tensor, teacher: Tensor, **common: Unpack[Common]) -> Lo
     >>> f"{loss.item():.4f}", [f"{g:+.4f}" for g in student.grad[0].tolist()]
     ('1.1504', ['-0.5752', '+0.0000', '+0.5752'])
     """
-    return _loss("forward_kl", student, teacher, **common)
+    return _divergence("forward_kl", student, teacher, support, k, normalize, tokens, **common)
 
 
-def jsd(student: Tensor, teacher: Tensor, *, beta: float = 0.5, **common: Unpack[Common]) -> Loss:
+def jsd(
+    student: Tensor,
+    teacher: Tensor | TopK,
+    *,
+    beta: float = 0.5,
+    support: str | None = None,
+    k: int | None = None,
+    normalize: str | None = None,
+    tokens: Tensor | None = None,
+    **common: Unpack[Common],
+) -> Loss:
     """Generalised Jensen-Shannon divergence `β KL(q ‖ μ) + (1 − β) KL(p ‖ μ)`, `μ = βq + (1 − β)p`.
 
     The loss of GKD (arXiv 2306.13649, eq. 1). `beta=0` is the forward and `beta=1` the reverse KL,
@@ -143,8 +194,10 @@ def jsd(student: Tensor, teacher: Tensor, *, beta: float = 0.5, **common: Unpack
 
     Args:
         student: logits `(..., V)`; receives the gradient.
-        teacher: logits `(..., V)`.
+        teacher: logits `(..., V)`, or a `TopK`.
         beta: the teacher's share of the mixture, in [0, 1].
+        support, k, normalize, tokens: as for `reverse_kl`; on a support with 0 < beta < 1 the
+            divergence is defined for the normalisations "both" and "tail".
         **common: see `Common`.
 
     Returns:
@@ -156,7 +209,10 @@ def jsd(student: Tensor, teacher: Tensor, *, beta: float = 0.5, **common: Unpack
     >>> f"{opdc.jsd(student, teacher).item():.4f}"
     '0.2476'
     """
-    return _loss("jsd", student, teacher, mixture=_number("beta", beta), **common)
+    settings = {"mixture": _arguments.number("beta", beta)}
+    return _divergence(
+        "jsd", student, teacher, support, k, normalize, tokens, settings=settings, **common
+    )
 
 
 def skew_kl(
@@ -189,13 +245,58 @@ def skew_kl(
     '0.8299'
     """
     methods = ("skew_forward", "skew_reverse")
-    method = methods[_choice("direction", direction, ("forward", "reverse"))]
-    return _loss(method, student, teacher, mixture=_number("alpha", alpha), **common)
+    return _arguments.evaluate(
+        methods[_arguments.choice("direction", direction, ("forward", "reverse"))],
+        student,
+        _arguments.teacher_logits(teacher),
+        settings={"mixture": _arguments.number("alpha", alpha)},
+        **common,
+    )
+
+
+def lsm(
+    student: Tensor,
+    teacher: Tensor | TopK,
+    *,
+    k: int | None = None,
+    support: str | None = None,
+    tokens: Tensor | None = None,
+    **common: Unpack[Common],
+) -> Loss:
+    """Local support matching: the reverse KL on the teacher's top `k`, both normalised there.
+
+    `Σ_S p̂ (log p̂ − log q̂)`, the loss of "Revisiting On-Policy Distillation" (arXiv 2603.25562). It
+    reads and moves the student's logits on the support only; it does not see mass that the student
+    has elsewhere, where `reverse_kl(..., normalize="tail")` does.
+
+    Args:
+        student: logits `(..., V)`; receives the gradient, 0 off the support.
+        teacher: logits `(..., V)`, or a `TopK`.
+        k: the size of the support; 32 or all ids, and for a `TopK` its number of slots.
+        support: "teacher", the default; "student" or "teacher+token".
+        tokens: the sampled ids `(...)`, for "teacher+token".
+        **common: see `Common`.
+
+    Returns:
+        The loss, `()` or, with `reduction="none"`, `(...)`; never negative.
+
+    >>> import opdc, torch
+    >>> student = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)
+    >>> teacher = torch.tensor([[2.0, 1.0, 0.0]])
+    >>> loss = opdc.lsm(student, teacher, k=2)
+    >>> loss.backward()
+    >>> f"{loss.item():.4f}", [f"{g:+.4f}" for g in student.grad[0].tolist()]
+    ('0.4621', ['-0.3932', '+0.3932', '+0.0000'])
+    """
+    support = "teacher" if support is None else support
+    return _divergence(
+        "reverse_kl", student, teacher, support, k, "both", tokens, default_k=32, **common
+    )
 
 
 def k1(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | TopK,
     tokens: Tensor,
     *,
     old_logprobs: Tensor | None = None,
@@ -216,7 +317,7 @@ def k1(
 
     Args:
         student: logits `(..., V)`; receives the gradient.
-        teacher: logits `(..., V)`, or its log-probs of the tokens `(...)`.
+        teacher: logits `(..., V)`, its log-probs of the tokens `(...)`, or a `TopK` with them.
         tokens: the sampled ids `(...)`, of an integer dtype, in `[0, valid_vocab)` where active.
         old_logprobs: `(...)`, log-probs of the tokens under the policy that drew them.
         clip_range: `ε`, or `(ε_low, ε_high)`; needs `old_logprobs`. None: not clipped.
@@ -240,38 +341,34 @@ def k1(
     >>> f"{loss.item():.4f}", [f"{g:+.4f}" for g in student.grad[0].tolist()]
     ('-0.9076', ['+0.0817', '-0.6855', '+0.6038'])
     """
-    if clip_range is None:
-        clip_low = clip_high = math.inf
-    else:
-        if old_logprobs is None:
-            raise ValueError(
-                "clip_range needs old_logprobs: the ratio to the current policy itself is 1, "
-                "which is never clipped; give old_logprobs or leave clip_range out"
-            )
-        clip_low, clip_high = _clip_range(clip_range)
-    reward_scale = _number("reward_scale", reward_scale)
+    reward_scale = _arguments.number("reward_scale", reward_scale)
     if reference_logprobs is None and reward_scale != 1.0:
         raise ValueError(
             f"reward_scale is {reward_scale} without reference_logprobs: it scales the log-ratio "
             "of teacher and reference; give reference_logprobs or leave reward_scale at 1"
         )
-    return _token_loss(
+    return _arguments.evaluate(
         "k1",
         student,
-        teacher,
-        tokens,
-        old_logprobs=old_logprobs,
-        reference_logprobs=reference_logprobs,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        advantage=_choice("advantage", advantage, _ops.ADVANTAGES),
-        discount=_number("discount", discount),
-        reward_scale=reward_scale,
+        {
+            **_arguments.teacher_of_tokens(student, teacher),
+            "tokens": _arguments.token_ids("tokens", tokens),
+            "old_logprobs": _arguments.constant_or_none("old_logprobs", old_logprobs),
+            "reference_logprobs": _arguments.constant_or_none(
+                "reference_logprobs", reference_logprobs
+            ),
+        },
+        integers={"advantage": _arguments.choice("advantage", advantage, _ops.ADVANTAGES)},
+        settings={
+            **_clipping(clip_range, old_logprobs),
+            "discount": _arguments.number("discount", discount),
+            "reward_scale": reward_scale,
+        },
         **common,
     )
 
 
-def k2(student: Tensor, teacher: Tensor, tokens: Tensor, **common: Unpack[Common]) -> Loss:
+def k2(student: Tensor, teacher: Tensor | TopK, tokens: Tensor, **common: Unpack[Common]) -> Loss:
     """`½ R²` of the sampled token, differentiated: its mean gradient is the *reverse* KL's.
 
     The estimator k2 of Schulman ("Approximating KL divergence", 2020) as a loss. Over `y ~ p` its
@@ -279,7 +376,7 @@ def k2(student: Tensor, teacher: Tensor, tokens: Tensor, **common: Unpack[Common
 
     Args:
         student: logits `(..., V)`; receives the gradient.
-        teacher: logits `(..., V)`, or its log-probs of the tokens `(...)`.
+        teacher: logits `(..., V)`, its log-probs of the tokens `(...)`, or a `TopK` with them.
         tokens: the sampled ids `(...)`, of an integer dtype, in `[0, valid_vocab)` where active.
         **common: see `Common`.
 
@@ -291,10 +388,14 @@ def k2(student: Tensor, teacher: Tensor, tokens: Tensor, **common: Unpack[Common
     >>> f"{opdc.k2(student, torch.tensor([-0.5]), torch.tensor([1])).item():.4f}"
     '0.4119'
     """
-    return _token_loss("k2", student, teacher, tokens, **common)
+    tensors = {
+        **_arguments.teacher_of_tokens(student, teacher),
+        "tokens": _arguments.token_ids("tokens", tokens),
+    }
+    return _arguments.evaluate("k2", student, tensors, **common)
 
 
-def k3(student: Tensor, teacher: Tensor, tokens: Tensor, **common: Unpack[Common]) -> Loss:
+def k3(student: Tensor, teacher: Tensor | TopK, tokens: Tensor, **common: Unpack[Common]) -> Loss:
     """`e^R − 1 − R` of the sampled token, differentiated: its mean gradient is the *forward* KL's.
 
     The estimator k3 of Schulman ("Approximating KL divergence", 2020) as a loss, as in GRPO
@@ -303,7 +404,7 @@ def k3(student: Tensor, teacher: Tensor, tokens: Tensor, **common: Unpack[Common
 
     Args:
         student: logits `(..., V)`; receives the gradient.
-        teacher: logits `(..., V)`, or its log-probs of the tokens `(...)`.
+        teacher: logits `(..., V)`, its log-probs of the tokens `(...)`, or a `TopK` with them.
         tokens: the sampled ids `(...)`, of an integer dtype, in `[0, valid_vocab)` where active.
         **common: see `Common`.
 
@@ -315,7 +416,266 @@ def k3(student: Tensor, teacher: Tensor, tokens: Tensor, **common: Unpack[Common
     >>> f"{opdc.k3(student, torch.tensor([-0.5]), torch.tensor([1])).item():.4f}"
     '0.5708'
     """
-    return _token_loss("k3", student, teacher, tokens, **common)
+    tensors = {
+        **_arguments.teacher_of_tokens(student, teacher),
+        "tokens": _arguments.token_ids("tokens", tokens),
+    }
+    return _arguments.evaluate("k3", student, tensors, **common)
+
+
+def tropd(
+    student: Tensor,
+    teacher: Tensor | TopK,
+    tokens: Tensor,
+    *,
+    k: int | None = None,
+    region: str = "sampled",
+    outlier: str = "forward_kl",
+    threshold: float | None = None,
+    prefix_mask: Tensor | None = None,
+    prefix_weight: float = 1e-3,
+    old_logprobs: Tensor | None = None,
+    clip_range: float | tuple[float, float] | None = None,
+    advantage: str = "old",
+    uniforms: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    **common: Unpack[Common],
+) -> Loss:
+    """Trust-region on-policy distillation: policy gradient where the teacher trusts the token.
+
+    TrOPD (arXiv 2606.01249): `M (−A ρ) + (1 − M) Σ_topk q (τ − s)`, with `M = 1` in the trust
+    region; there the teacher finds the token at least as likely as the student, or nearly so. The
+    tokens outside of it, on which the log-ratio is a poor signal, get the teacher's distribution
+    instead. On positions that the teacher wrote the loss is `−prefix_weight s_y`.
+
+    Args:
+        student: logits `(..., V)`; receives the gradient.
+        teacher: logits `(..., V)`, or a `TopK` with `token_logprobs`.
+        tokens: the sampled ids `(...)`, of an integer dtype, in `[0, valid_vocab)` where active.
+        k: ids of the forward KL, which is not normalised; 64 or all, and for a `TopK` its slots.
+        region: "sampled": `M = 1` with probability `min(q_y / p_y, 1)`, the method; "expected":
+            `M` is that probability; "threshold": `M = 1` where `R ≥ threshold`.
+        outlier: what the others get: "forward_kl", the method; "mask", nothing; "clip", the policy
+            term with an advantage of at least `threshold`.
+        threshold: a log-ratio in nats; `log(0.3)/0.7 = −1.72`.
+        prefix_mask: `(...)`, positions that the teacher wrote; they must be active to count.
+        prefix_weight: of the loss on those.
+        old_logprobs: `(...)`, log-probs of the tokens under the policy that drew them. The region
+            is then that of this policy, and `ρ` its ratio to the current one.
+        clip_range, advantage: as for `k1`.
+        uniforms: `(...)` in [0, 1), what decides `M`; drawn from `generator` if not given.
+        generator: of `torch`; None: the global one.
+        **common: see `Common`.
+
+    Returns:
+        The loss, `()` or, with `reduction="none"`, `(...)`. Metrics besides: `trusted`, Σ M, whose
+        mean is 1 minus the total variation of the two models in expectation.
+
+    >>> import opdc, torch
+    >>> student = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)
+    >>> teacher = torch.tensor([[2.0, 1.0, 0.0]])
+    >>> loss = opdc.tropd(student, teacher, torch.tensor([2]), k=2, uniforms=torch.tensor([0.5]))
+    >>> loss.backward()
+    >>> f"{loss.item():.4f}", [f"{g:+.4f}" for g in student.grad[0].tolist()]
+    ('1.3305', ['-0.5833', '-0.0220', '+0.6053'])
+    """
+    tensors = {
+        "old_logprobs": _arguments.constant_or_none("old_logprobs", old_logprobs),
+        "prefix_mask": None
+        if prefix_mask is None
+        else _arguments.active("prefix_mask", prefix_mask),
+    }
+    region_index = _arguments.choice("region", region, _ops.REGIONS)
+    if region == "sampled":
+        _arguments.require_tensor("student", student)
+        if uniforms is None:
+            uniforms = _uniforms(student, teacher, generator)
+        tensors["uniforms"] = _arguments.constant("uniforms", uniforms)
+    return _token_loss_on_support(
+        "tropd",
+        student,
+        teacher,
+        tokens,
+        k,
+        64,
+        "none",
+        tensors,
+        {
+            "region": region_index,
+            "outlier": _arguments.choice("outlier", outlier, _ops.OUTLIERS),
+            "advantage": _arguments.choice("advantage", advantage, _ops.ADVANTAGES),
+        },
+        settings={
+            **_clipping(clip_range, old_logprobs),
+            "threshold": _arguments.number_or_nan("threshold", threshold),
+            "prefix_weight": _arguments.number("prefix_weight", prefix_weight),
+        },
+        **common,
+    )
+
+
+def eopd(
+    student: Tensor,
+    teacher: Tensor | TopK,
+    tokens: Tensor,
+    *,
+    k: int | None = None,
+    entropy_threshold: float = 0.8,
+    forward_weight: float = 1.0,
+    old_logprobs: Tensor | None = None,
+    clip_range: float | tuple[float, float] | None = 0.2,
+    **common: Unpack[Common],
+) -> Loss:
+    """Entropy-aware on-policy distillation: a forward KL besides, where the teacher is undecided.
+
+    EOPD (arXiv 2603.07079): `−A ρ + λ 1[H(q) > h] Σ_topk q̂ (log q̂ − s)`. The policy term stands on
+    every position; the forward KL on the teacher's top `k`, normalised to 1, keeps the student from
+    settling on one of several good tokens.
+
+    Args:
+        student: logits `(..., V)`; receives the gradient.
+        teacher: logits `(..., V)`, or a `TopK` with `token_logprobs` and `entropy`.
+        tokens: the sampled ids `(...)`, of an integer dtype, in `[0, valid_vocab)` where active.
+        k: ids of the forward KL; 16 or all, and for a `TopK` its slots.
+        entropy_threshold: `h`, in nats.
+        forward_weight: `λ`.
+        old_logprobs: `(...)`, log-probs of the tokens under the policy that drew them; `A` is then
+            relative to it, and `ρ` its ratio to the current one.
+        clip_range: of `ρ`, as for `k1`; used only with `old_logprobs`.
+        **common: see `Common`.
+
+    Returns:
+        The loss, `()` or, with `reduction="none"`, `(...)`. Metrics besides: `gated`, the
+        positions with a forward KL.
+
+    >>> import opdc, torch
+    >>> student = torch.tensor([[0.0, 1.0, 2.0]])
+    >>> teacher = torch.tensor([[2.0, 1.0, 0.0]])
+    >>> f"{opdc.eopd(student, teacher, torch.tensor([2]), k=2).item():.4f}"
+    '3.5565'
+    """
+    if old_logprobs is None:
+        clip_range = None
+    return _token_loss_on_support(
+        "eopd",
+        student,
+        teacher,
+        tokens,
+        k,
+        16,
+        "teacher",
+        {"old_logprobs": _arguments.constant_or_none("old_logprobs", old_logprobs)},
+        settings={
+            **_clipping(clip_range, old_logprobs),
+            "entropy_threshold": _arguments.number("entropy_threshold", entropy_threshold),
+            "forward_weight": _arguments.number("forward_weight", forward_weight),
+        },
+        **common,
+    )
+
+
+def reopold(
+    student: Tensor,
+    teacher: Tensor | TopK,
+    tokens: Tensor,
+    *,
+    phase: str = "exploration",
+    mixture: float = 0.3,
+    keep: float = 0.2,
+    entropy_threshold: float | None = None,
+    old_logprobs: Tensor | None = None,
+    **common: Unpack[Common],
+) -> Loss:
+    """Relaxed on-policy distillation: rewards with a floor, on selected positions.
+
+    REOPOLD (arXiv 2603.11137): `Σ M (−ρ max(R, floor)) / Σ M` with `floor = log(n)/(1 − n)`, `n`
+    the `mixture`. In the first phase, "exploration", `M` leaves out the tokens below the floor; in
+    the second, "refinement", it keeps the fraction `keep` of positions on which the student's
+    entropy is largest. Switch after about a third of the steps.
+
+    Args:
+        student: logits `(..., V)`; receives the gradient.
+        teacher: logits `(..., V)`, its log-probs of the tokens `(...)`, or a `TopK` with them.
+        tokens: the sampled ids `(...)`, of an integer dtype, in `[0, valid_vocab)` where active.
+        phase: "exploration" or "refinement".
+        mixture: `n` in [0, 1]; 0: no floor.
+        keep: in (0, 1]; entropies equal to the last one kept are kept too.
+        entropy_threshold: what the entropy must reach, in nats, in place of `keep`: for batches
+            that are spread over steps or processes.
+        old_logprobs: `(...)`, log-probs of the tokens under the policy that drew them; `ρ` is then
+            its ratio to the current one.
+        **common: see `Common`. `M` takes the place of the mask in every reduction; `num_items`
+            replaces `Σ M`, whose local value is the metric `selected`.
+
+    Returns:
+        The loss, `()` or, with `reduction="none"`, `(...)`; 0 if nothing is selected.
+
+    >>> import opdc, torch
+    >>> student = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]])
+    >>> teacher = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.5]])
+    >>> f"{opdc.reopold(student, teacher, torch.tensor([2, 2])).item():.4f}"
+    '-0.1412'
+    """
+    phases = ("exploration", "refinement")
+    return _arguments.evaluate(
+        "reopold_" + phases[_arguments.choice("phase", phase, phases)],
+        student,
+        {
+            **_arguments.teacher_of_tokens(student, teacher),
+            "tokens": _arguments.token_ids("tokens", tokens),
+            "old_logprobs": _arguments.constant_or_none("old_logprobs", old_logprobs),
+        },
+        settings={
+            "mixture": _arguments.number("mixture", mixture),
+            "keep": _arguments.number("keep", keep),
+            "entropy_threshold": _arguments.number_or_nan("entropy_threshold", entropy_threshold),
+        },
+        **common,
+    )
+
+
+def aopd(
+    student: Tensor,
+    teacher: Tensor | TopK,
+    tokens: Tensor,
+    *,
+    k: int | None = None,
+    threshold: float = 0.0,
+    **common: Unpack[Common],
+) -> Loss:
+    """A forward KL where the teacher does not want more of the token, policy gradient elsewhere.
+
+    Routing as in AOPD (arXiv 2605.06387): `G Σ_topk q (τ − s) + (1 − G) (−R ρ)` with
+    `G = 1[q_y − p_y ≤ threshold]`. Where both models agree `G` is 1.
+
+    Args:
+        student: logits `(..., V)`; receives the gradient.
+        teacher: logits `(..., V)`, or a `TopK` with `token_logprobs`.
+        tokens: the sampled ids `(...)`, of an integer dtype, in `[0, valid_vocab)` where active.
+        k: ids of the forward KL, which is not normalised; 16 or all, and for a `TopK` its slots.
+        threshold: a difference of probabilities.
+        **common: see `Common`.
+
+    Returns:
+        The loss, `()` or, with `reduction="none"`, `(...)`. Metrics besides: `gated`, Σ G.
+
+    >>> import opdc, torch
+    >>> student = torch.tensor([[0.0, 1.0, 2.0]])
+    >>> teacher = torch.tensor([[2.0, 1.0, 0.0]])
+    >>> f"{opdc.aopd(student, teacher, torch.tensor([0]), k=2).item():.4f}"
+    '-2.0000'
+    """
+    return _token_loss_on_support(
+        "aopd",
+        student,
+        teacher,
+        tokens,
+        k,
+        16,
+        "none",
+        settings={"threshold": _arguments.number("threshold", threshold)},
+        **common,
+    )
 
 
 def token_logprobs(
@@ -338,11 +698,11 @@ def token_logprobs(
     >>> [f"{x:.4f}" for x in opdc.token_logprobs(logits, torch.tensor([2])).tolist()]
     ['-0.4076']
     """
-    logprobs: Tensor = _evaluate(
+    logprobs: Tensor = _arguments.evaluate(
         "token_logprobs",
         logits,
+        {"tokens": _arguments.token_ids("tokens", tokens)},
         name="logits",
-        tokens=_token_ids(tokens),
         temperature=temperature,
         mask=mask,
         valid_vocab=valid_vocab,
@@ -368,7 +728,7 @@ def entropy(
     >>> [f"{x:.4f}" for x in opdc.entropy(torch.tensor([[0.0, 1.0, 2.0]])).tolist()]
     ['0.8324']
     """
-    entropies: Tensor = _evaluate(
+    entropies: Tensor = _arguments.evaluate(
         "entropy",
         logits,
         name="logits",
@@ -380,214 +740,125 @@ def entropy(
     return entropies
 
 
+def topk(
+    logits: Tensor, k: int, *, temperature: float = 1.0, valid_vocab: int | None = None
+) -> TopK:
+    """The `k` largest logits of each position: the larger first, of equal ones the lower id.
+
+    Exact and reproducible, where `torch.topk` leaves the order of equal logits open. Not
+    differentiable.
+
+    Args:
+        logits: `(..., V)`, float32, float64, bfloat16 or float16.
+        k: from 1 to V, or to `valid_vocab`.
+        temperature: of the log-probs.
+        valid_vocab: only the ids below it exist.
+
+    Returns:
+        `TopK(ids, logprobs)`: int64 ids and their log-probs over the vocabulary, `(..., k)`, in
+        float32 (float64 for float64). An id of logit `−inf` never enters: the id of its slot is −1
+        and the log-prob `−inf`. A row with NaN, `+inf` or nothing but `−inf` gives ids −1 and
+        log-probs NaN.
+
+    >>> import opdc, torch
+    >>> best = opdc.topk(torch.tensor([1.0, 3.0, 2.0, 3.0]), 3)
+    >>> best.ids.tolist(), [f"{x:.4f}" for x in best.logprobs.tolist()]
+    ([1, 3, 2], ['-0.9176', '-0.9176', '-1.9176'])
+    """
+    logits = _arguments.logits("logits", logits)
+    k = _arguments.integer("k", k)
+    if logits.dim() and k > logits.shape[-1]:
+        raise ValueError(f"k is {k} but the vocabulary has {logits.shape[-1]} ids")
+    T = torch.ones((), dtype=torch.float64) * _arguments.number("temperature", temperature)
+    return TopK(*_ops.topk(logits, k, T, _arguments.vocabulary_size(valid_vocab)))
+
+
 # ----------------------------------------------------------------- what they share
 
 
-def _loss(method: str, student: Tensor, teacher: Tensor, **keywords: Any) -> Loss:
-    return _evaluate(method, student, teacher=_logits("teacher", teacher), **keywords)
-
-
-def _token_loss(
-    method: str, student: Tensor, teacher: Tensor, tokens: Tensor, **keywords: Any
-) -> Loss:
-    _require_tensor("student", student)
-    teacher = _constant("teacher", teacher)
-    tokens = _token_ids(tokens)
-    if teacher.dim() == student.dim():
-        return _evaluate(
-            method, student, teacher=_logits("teacher", teacher), tokens=tokens, **keywords
-        )
-    if teacher.dim() == student.dim() - 1:
-        return _evaluate(method, student, teacher_logprobs=teacher, tokens=tokens, **keywords)
-    raise ValueError(
-        f"teacher has the shape {tuple(teacher.shape)} beside a student of the shape "
-        f"{tuple(student.shape)}: give its logits (..., V), or its log-probs of the tokens (...)"
-    )
-
-
-def _evaluate(
+def _divergence(
     method: str,
     student: Tensor,
+    teacher: Tensor | TopK,
+    support: str | None,
+    k: int | None,
+    normalize: str | None,
+    tokens: Tensor | None,
     *,
-    name: str = "student",
-    teacher: Tensor | None = None,
-    tokens: Tensor | None = None,
-    teacher_logprobs: Tensor | None = None,
-    old_logprobs: Tensor | None = None,
-    reference_logprobs: Tensor | None = None,
-    mixture: float = 0.0,
-    clip_low: float = math.inf,
-    clip_high: float = math.inf,
-    advantage: int = 0,
-    discount: float = 0.0,
-    reward_scale: float = 1.0,
-    temperature: float = 1.0,
-    mask: Tensor | None = None,
-    weights: Tensor | None = None,
-    valid_vocab: int | None = None,
-    reduction: str = "mean",
-    num_items: float | Tensor | None = None,
-    inplace: bool = False,
-    return_metrics: bool = False,
+    default_k: int | None = None,
+    **keywords: Any,
 ) -> Loss:
-    reduction_index = _choice("reduction", reduction, _ops.REDUCTIONS)
-    if num_items is not None:
-        if reduction not in ("mean", "seq_mean"):
-            raise ValueError(
-                f'num_items replaces the denominator of reduction="mean" or "seq_mean"; '
-                f'"{reduction}" has none'
-            )
-        num_items = _count("num_items", num_items)
-    _require_tensor(name, student)
-    if inplace:
-        _require_overwritable(student)
-    settings = _ops.settings(
-        _number("temperature", temperature),
-        mixture,
-        clip_low,
-        clip_high,
-        discount,
-        reward_scale,
-        num_items,
-    )
-    tensors = (
+    integers = _arguments.support_integers(
+        student,
         teacher,
-        tokens,
-        None if mask is None else _active(mask),
-        None if weights is None else _constant("weights", weights),
-        teacher_logprobs,
-        None if old_logprobs is None else _constant("old_logprobs", old_logprobs),
-        None if reference_logprobs is None else _constant("reference_logprobs", reference_logprobs),
-        settings,
+        support,
+        k,
+        normalize,
+        default_k=default_k,
+        valid_vocab=keywords.get("valid_vocab"),
     )
-    value, metrics = _ops.loss(
-        _with_dense_rows(student),
-        tensors,
+    tensors = _arguments.teacher_on_support(teacher)
+    with_token = integers.get("support") == _ops.SUPPORTS.index("teacher+token")
+    if with_token and tokens is not None:
+        tensors["tokens"] = _arguments.token_ids("tokens", tokens)
+    if not with_token and "teacher_logprobs" in tensors:
+        del tensors["teacher_logprobs"]
+    return _arguments.evaluate(method, student, tensors, integers=integers, **keywords)
+
+
+def _token_loss_on_support(
+    method: str,
+    student: Tensor,
+    teacher: Tensor | TopK,
+    tokens: Tensor,
+    k: int | None,
+    default_k: int,
+    normalize: str,
+    tensors: dict[str, Tensor | None] | None = None,
+    integers: dict[str, int] | None = None,
+    **keywords: Any,
+) -> Loss:
+    """A loss that compares the tokens, with a divergence on the teacher's top `k`."""
+    return _arguments.evaluate(
         method,
-        reduction_index,
-        advantage,
-        _valid_vocab(valid_vocab),
-        inplace=inplace,
-        with_metrics=return_metrics,
+        student,
+        {
+            **_arguments.teacher_on_support(teacher),
+            "tokens": _arguments.token_ids("tokens", tokens),
+            **(tensors or {}),
+        },
+        integers={
+            **_arguments.support_integers(
+                student,
+                teacher,
+                "teacher",
+                k,
+                normalize,
+                default_k=default_k,
+                valid_vocab=keywords.get("valid_vocab"),
+            ),
+            **(integers or {}),
+        },
+        **keywords,
     )
-    if not return_metrics:
-        return value
-    computed = _ops.METRICS_OF[method, teacher is not None]
-    named = zip(_ops.METRICS, metrics.unbind(), strict=True)
-    return value, {name: metric for name, metric in named if name in computed}
 
 
-def _require_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got one of the layout {value.layout}")
-
-
-def _constant(name: str, value: Tensor) -> Tensor:
-    """A tensor that receives no gradient, even if it asks for one."""
-    _require_tensor(name, value)
-    return value.detach() if value.requires_grad else value
-
-
-def _with_dense_rows(logits: Tensor) -> Tensor:
-    if logits.dim() == 0 or logits.shape[-1] == 1 or logits.stride(-1) == 1:
-        return logits
-    return logits.contiguous()
-
-
-def _logits(name: str, value: Tensor) -> Tensor:
-    return _with_dense_rows(_constant(name, value))
-
-
-def _active(mask: Tensor) -> Tensor:
-    _require_tensor("mask", mask)
-    return mask if mask.dtype is torch.bool else mask != 0
-
-
-_NARROW_INTEGERS = frozenset(
-    {torch.int8, torch.int16, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
-)
-
-
-def _token_ids(tokens: Tensor) -> Tensor:
-    _require_tensor("tokens", tokens)
-    return tokens.long() if tokens.dtype in _NARROW_INTEGERS else tokens
-
-
-def _require_overwritable(student: Tensor) -> None:
-    fix = "give logits that are the result of a computation, or inplace=False"
-    if _ops.transforms_active():
-        raise ValueError("inplace=True does not work under torch.func: use inplace=False")
-    if student.dim() and student.shape[-1] > 1 and student.stride(-1) != 1:
+def _clipping(
+    clip_range: float | tuple[float, float] | None, old_logprobs: Tensor | None
+) -> dict[str, float]:
+    if clip_range is None:
+        return {}
+    if old_logprobs is None:
         raise ValueError(
-            f"inplace=True cannot overwrite student with the stride {student.stride(-1)} in its "
-            "last axis: give student.contiguous(), or inplace=False"
+            "clip_range needs old_logprobs: the ratio to the current policy itself is 1, "
+            "which is never clipped; give old_logprobs or leave clip_range out"
         )
-    if torch.compiler.is_compiling():
-        return  # which traces none of the following, and works on a copy of what it was given
-    if student.is_neg() or student.is_conj():
-        raise ValueError(f"inplace=True cannot overwrite a negated or conjugated view: {fix}")
-    if not (torch.is_grad_enabled() and student.requires_grad):
-        return
-    base = student if student._base is None else student._base
-    if base.is_leaf and base.requires_grad:
-        raise ValueError(
-            "inplace=True would overwrite a leaf that requires grad, a parameter or an input of "
-            f"its own, with a gradient: {fix}"
-        )
+    low, high = _arguments.clip_range(clip_range)
+    return {"clip_low": low, "clip_high": high}
 
 
-def _number(name: str, value: float) -> float:
-    if isinstance(value, float):
-        return value
-    if isinstance(value, bool) or not isinstance(value, (int, numbers.Real)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(f"{name} is {value}, which is beyond the range of float64") from None
-
-
-def _count(name: str, value: float | Tensor) -> float | Tensor:
-    if not isinstance(value, Tensor):
-        value = _number(name, value)
-        if value != value:
-            raise ValueError(f"{name} is NaN: give a count, or leave it out")
-        return value
-    if value.dim() or value.is_complex():
-        raise ValueError(
-            f"{name} must be a number or a 0-dim tensor, got {value.dtype} of the shape "
-            f"{tuple(value.shape)}"
-        )
-    return value
-
-
-def _clip_range(value: float | tuple[float, float]) -> tuple[float, float]:
-    if not isinstance(value, (tuple, list)):
-        epsilon = _number("clip_range", value)
-        return epsilon, epsilon
-    if len(value) != 2:
-        raise ValueError(
-            f"clip_range has {len(value)} numbers: give one for both sides, or (low, high)"
-        )
-    low, high = value
-    return _number("clip_range", low), _number("clip_range", high)
-
-
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> int:
-    if isinstance(value, str) and value in choices:
-        return choices.index(value)
-    wanted = ", ".join(f'"{choice}"' for choice in choices)
-    raise ValueError(f"{name} must be one of {wanted}, got {value!r}")
-
-
-def _valid_vocab(value: int | None) -> int:
-    """The size for the core, where 0 stands for the whole vocabulary."""
-    if value is None:
-        return 0
-    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
-        raise TypeError(f"valid_vocab must be an integer, got {type(value).__name__}")
-    if not 1 <= value < 2**63:
-        raise ValueError(f"valid_vocab must be at least 1 and at most V, got {value}")
-    return int(value)
+def _uniforms(student: Tensor, teacher: Tensor | TopK, generator: torch.Generator | None) -> Tensor:
+    """One number in [0, 1) for each position, in the type of the arithmetic."""
+    dtypes = [student.dtype] if isinstance(teacher, TopK) else [student.dtype, teacher.dtype]
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    return torch.rand(student.shape[:-1], generator=generator, dtype=dtype, device=student.device)

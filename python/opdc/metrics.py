@@ -8,9 +8,13 @@ divides.
 * `student_entropy`, `teacher_entropy`, `reverse_kl`, `forward_kl`: of the whole distributions
 * `k1`, `k2`, `k3`: estimates `−R`, `½R²`, `e^R − 1 − R` of the reverse KL from the sampled token
 * `clipped`: tokens on the clipped branch of the loss
+* `trusted`: `M` of `opdc.tropd`; `selected`: `M` of `opdc.reopold`; `gated`: the positions of
+  `opdc.eopd` and `opdc.aopd` that get the forward KL
+* `student_mass`, `teacher_mass`: `P` and `Q` of a support; `slots`: its size; `overlap`: how many
+  of its ids are among as many that the student ranks first
 * `log_ratio_min`, `log_ratio_max`: the extremes of `R`; `+inf` and `−inf` without any position
 
-A loss reports those that it computes anyway.
+A loss reports those that it computes; for a support the distributions are read for them alone.
 """
 
 from __future__ import annotations

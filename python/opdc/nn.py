@@ -18,15 +18,22 @@ import torch
 from torch import Tensor
 
 from . import functional
+from ._arguments import Loss
+from .support import TopK
 
 __all__ = [
+    "AOPDLoss",
+    "EOPDLoss",
     "ForwardKLLoss",
     "JSDLoss",
     "K1Loss",
     "K2Loss",
     "K3Loss",
+    "LSMLoss",
+    "REOPOLDLoss",
     "ReverseKLLoss",
     "SkewKLLoss",
+    "TrOPDLoss",
 ]
 
 
@@ -37,7 +44,7 @@ class _DistillationLoss(torch.nn.Module):
     wins over the caller's.
     """
 
-    _function: ClassVar[Callable[..., functional.Loss]]
+    _function: ClassVar[Callable[..., Loss]]
     _sampled: ClassVar[tuple[str, ...]] = ()  # what the function takes of forward's own arguments
     _options: ClassVar[tuple[str, ...]] = ()  # what it takes of the constructor's
 
@@ -63,7 +70,7 @@ class _DistillationLoss(torch.nn.Module):
     def forward(
         self,
         student: Tensor,
-        teacher: Tensor,
+        teacher: Tensor | TopK,
         *,
         tokens: Tensor | None = None,
         mask: Tensor | None = None,
@@ -74,13 +81,14 @@ class _DistillationLoss(torch.nn.Module):
         temperature: float | None = None,
         num_items: float | Tensor | None = None,
         return_metrics: bool = False,
-    ) -> functional.Loss:
+    ) -> Loss:
         if self.temperature is not None:
             temperature = self.temperature
         sampled = {
             "tokens": tokens,
             "old_logprobs": old_logprobs,
             "reference_logprobs": reference_logprobs,
+            "prefix_mask": prefix_mask,
         }
         return type(self)._function(
             student,
@@ -105,18 +113,38 @@ class _DistillationLoss(torch.nn.Module):
         )
 
 
-class ReverseKLLoss(_DistillationLoss):
+class _SupportLoss(_DistillationLoss):
+    """A divergence over the vocabulary or, with `support`, over a part of it."""
+
+    _sampled: ClassVar[tuple[str, ...]] = ("tokens",)
+    _options: ClassVar[tuple[str, ...]] = ("support", "k", "normalize")
+
+    def __init__(
+        self,
+        *,
+        support: str | None = None,
+        k: int | None = None,
+        normalize: str | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        self.support = support
+        self.k = k
+        self.normalize = normalize
+
+
+class ReverseKLLoss(_SupportLoss):
     """`opdc.reverse_kl` as a module.
 
     >>> import opdc, torch
-    >>> opdc.nn.ReverseKLLoss(temperature=2.0)
-    ReverseKLLoss(temperature=2.0, valid_vocab=None, reduction='mean', inplace=False)
+    >>> opdc.nn.ReverseKLLoss(temperature=2.0).temperature
+    2.0
     """
 
     _function = staticmethod(functional.reverse_kl)
 
 
-class ForwardKLLoss(_DistillationLoss):
+class ForwardKLLoss(_SupportLoss):
     """`opdc.forward_kl` as a module.
 
     >>> import opdc, torch
@@ -127,7 +155,7 @@ class ForwardKLLoss(_DistillationLoss):
     _function = staticmethod(functional.forward_kl)
 
 
-class JSDLoss(_DistillationLoss):
+class JSDLoss(_SupportLoss):
     """`opdc.jsd` as a module.
 
     >>> import opdc, torch
@@ -137,11 +165,29 @@ class JSDLoss(_DistillationLoss):
     """
 
     _function = staticmethod(functional.jsd)
-    _options = ("beta",)
+    _options: ClassVar[tuple[str, ...]] = ("beta", *_SupportLoss._options)
 
     def __init__(self, *, beta: float = 0.5, **common: Any) -> None:
         super().__init__(**common)
         self.beta = beta
+
+
+class LSMLoss(_DistillationLoss):
+    """`opdc.lsm` as a module.
+
+    >>> import opdc, torch
+    >>> opdc.nn.LSMLoss(k=2)(torch.zeros(2, 3), torch.zeros(2, 3))
+    tensor(0.)
+    """
+
+    _function = staticmethod(functional.lsm)
+    _sampled: ClassVar[tuple[str, ...]] = ("tokens",)
+    _options: ClassVar[tuple[str, ...]] = ("k", "support")
+
+    def __init__(self, *, k: int | None = None, support: str | None = None, **common: Any) -> None:
+        super().__init__(**common)
+        self.k = k
+        self.support = support
 
 
 class SkewKLLoss(_DistillationLoss):
@@ -154,7 +200,7 @@ class SkewKLLoss(_DistillationLoss):
     """
 
     _function = staticmethod(functional.skew_kl)
-    _options = ("alpha", "direction")
+    _options: ClassVar[tuple[str, ...]] = ("alpha", "direction")
 
     def __init__(self, *, alpha: float = 0.1, direction: str = "forward", **common: Any) -> None:
         super().__init__(**common)
@@ -172,8 +218,8 @@ class K1Loss(_DistillationLoss):
     """
 
     _function = staticmethod(functional.k1)
-    _sampled = ("tokens", "old_logprobs", "reference_logprobs")
-    _options = ("clip_range", "advantage", "discount", "reward_scale")
+    _sampled: ClassVar[tuple[str, ...]] = ("tokens", "old_logprobs", "reference_logprobs")
+    _options: ClassVar[tuple[str, ...]] = ("clip_range", "advantage", "discount", "reward_scale")
 
     def __init__(
         self,
@@ -201,7 +247,7 @@ class K2Loss(_DistillationLoss):
     """
 
     _function = staticmethod(functional.k2)
-    _sampled = ("tokens",)
+    _sampled: ClassVar[tuple[str, ...]] = ("tokens",)
 
 
 class K3Loss(_DistillationLoss):
@@ -214,4 +260,127 @@ class K3Loss(_DistillationLoss):
     """
 
     _function = staticmethod(functional.k3)
-    _sampled = ("tokens",)
+    _sampled: ClassVar[tuple[str, ...]] = ("tokens",)
+
+
+class TrOPDLoss(_DistillationLoss):
+    """`opdc.tropd` as a module; needs `tokens`.
+
+    >>> import opdc, torch
+    >>> loss = opdc.nn.TrOPDLoss(k=2, region="expected")
+    >>> loss(torch.zeros(2, 3), torch.zeros(2, 3), tokens=torch.tensor([0, 2]))
+    tensor(0.)
+    """
+
+    _function = staticmethod(functional.tropd)
+    _sampled: ClassVar[tuple[str, ...]] = ("tokens", "old_logprobs", "prefix_mask")
+    _options: ClassVar[tuple[str, ...]] = (
+        *("k", "region", "outlier", "threshold", "prefix_weight", "clip_range", "advantage"),
+        "generator",
+    )
+
+    def __init__(
+        self,
+        *,
+        k: int | None = None,
+        region: str = "sampled",
+        outlier: str = "forward_kl",
+        threshold: float | None = None,
+        prefix_weight: float = 1e-3,
+        clip_range: float | tuple[float, float] | None = None,
+        advantage: str = "old",
+        generator: torch.Generator | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        self.k = k
+        self.region = region
+        self.outlier = outlier
+        self.threshold = threshold
+        self.prefix_weight = prefix_weight
+        self.clip_range = clip_range
+        self.advantage = advantage
+        self.generator = generator
+
+
+class EOPDLoss(_DistillationLoss):
+    """`opdc.eopd` as a module; needs `tokens`.
+
+    >>> import opdc, torch
+    >>> loss = opdc.nn.EOPDLoss(entropy_threshold=2.0, k=2)
+    >>> loss(torch.zeros(2, 3), torch.zeros(2, 3), tokens=torch.tensor([0, 2]))
+    tensor(0.)
+    """
+
+    _function = staticmethod(functional.eopd)
+    _sampled: ClassVar[tuple[str, ...]] = ("tokens", "old_logprobs")
+    _options: ClassVar[tuple[str, ...]] = ("k", "entropy_threshold", "forward_weight", "clip_range")
+
+    def __init__(
+        self,
+        *,
+        k: int | None = None,
+        entropy_threshold: float = 0.8,
+        forward_weight: float = 1.0,
+        clip_range: float | tuple[float, float] | None = 0.2,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        self.k = k
+        self.entropy_threshold = entropy_threshold
+        self.forward_weight = forward_weight
+        self.clip_range = clip_range
+
+
+class REOPOLDLoss(_DistillationLoss):
+    """`opdc.reopold` as a module; needs `tokens`. Set `phase` when it is time to switch.
+
+    >>> import opdc, torch
+    >>> loss = opdc.nn.REOPOLDLoss()
+    >>> loss.phase = "refinement"
+    >>> loss(torch.zeros(2, 3), torch.zeros(2, 3), tokens=torch.tensor([0, 2]))
+    tensor(0.)
+    """
+
+    _function = staticmethod(functional.reopold)
+    _sampled: ClassVar[tuple[str, ...]] = ("tokens", "old_logprobs")
+    _options: ClassVar[tuple[str, ...]] = ("phase", "mixture", "keep", "entropy_threshold")
+
+    def __init__(
+        self,
+        *,
+        phase: str = "exploration",
+        mixture: float = 0.3,
+        keep: float = 0.2,
+        entropy_threshold: float | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        self.phase = phase
+        self.mixture = mixture
+        self.keep = keep
+        self.entropy_threshold = entropy_threshold
+
+    @property
+    def uses_num_items(self) -> bool:
+        """False: the denominator is the number of positions that the loss selects."""
+        return False
+
+
+class AOPDLoss(_DistillationLoss):
+    """`opdc.aopd` as a module; needs `tokens`.
+
+    >>> import opdc, torch
+    >>> loss = opdc.nn.AOPDLoss(k=3)
+    >>> loss(torch.zeros(2, 3), torch.zeros(2, 3), tokens=torch.tensor([0, 2]))
+    tensor(0.)
+    """
+
+    _function = staticmethod(functional.aopd)
+    _sampled: ClassVar[tuple[str, ...]] = ("tokens",)
+    _options: ClassVar[tuple[str, ...]] = ("k", "threshold")
+
+    def __init__(self, *, k: int | None = None, threshold: float = 0.0, **common: Any) -> None:
+        super().__init__(**common)
+        self.k = k
+        self.threshold = threshold

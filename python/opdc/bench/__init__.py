@@ -153,15 +153,14 @@ def carry_out(plan: Plan, console: Console) -> dict[str, Any]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    steps = len(plan.cases()) + len(plan.functions) * len(plan.dtypes)
     benchmark = Benchmark(plan)
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("making the inputs", total=steps)
+        task = progress.add_task("making the inputs", total=plan.steps())
         try:
             for step, description in enumerate(benchmark.run()):
                 progress.update(task, completed=step, description=description)
                 if not console.is_terminal:
-                    console.print(f"[{step + 1}/{steps}] {description}", markup=False)
+                    console.print(f"[{step + 1}/{plan.steps()}] {description}", markup=False)
         except KeyboardInterrupt:
             console.print("stopped: what follows was measured until then")
     return benchmark.result

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,89 +18,173 @@ from . import textbook
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BETA = 0.5  # of the Jensen-Shannon divergence
 ALPHA = 0.1  # of the skew divergences
+CHECKED_ROWS = 16  # that are compared with float64, where a row does not depend on the others
+TOP = 32  # ids of a top-K support where a method has no number of its own
 
 
 @dataclass(frozen=True)
 class Function:
-    """One loss, twice: in textbook PyTorch and in opdc, both called (student, teacher, tokens)."""
+    """One loss, twice: in textbook PyTorch and in opdc.
+
+    Both are called with the student's logits and the inputs that `takes` names.
+    """
 
     title: str
-    textbook: Callable[[Tensor, Tensor, Tensor], Tensor]
+    takes: tuple[str, ...]
+    textbook: Callable[..., Tensor]
     opdc: Callable[..., Tensor]  # takes inplace= too, where `inplace` is true
     matrices: int  # logits read and gradients written: what has to cross the memory bus
-    teacher_logprobs: bool = False  # the teacher is the log-probs of the tokens
     inplace: bool = True
+    gradient: bool = True  # else only the output counts
+    whole: bool = False  # a row's gradient depends on the other rows
 
 
 FUNCTIONS = {
     "reverse_kl": Function(
         "reverse KL",
-        lambda z, t, _: textbook.reverse_kl(z, t).mean(),
-        lambda z, t, _, **options: opdc.reverse_kl(z, t, **options),
+        ("teacher",),
+        lambda z, t: textbook.reverse_kl(z, t).mean(),
+        opdc.reverse_kl,
         matrices=3,
     ),
     "forward_kl": Function(
         "forward KL",
-        lambda z, t, _: textbook.forward_kl(z, t).mean(),
-        lambda z, t, _, **options: opdc.forward_kl(z, t, **options),
+        ("teacher",),
+        lambda z, t: textbook.forward_kl(z, t).mean(),
+        opdc.forward_kl,
         matrices=3,
     ),
     "jsd": Function(
         "JSD",
-        lambda z, t, _: textbook.jsd(z, t, BETA).mean(),
-        lambda z, t, _, **options: opdc.jsd(z, t, beta=BETA, **options),
+        ("teacher",),
+        lambda z, t: textbook.jsd(z, t, BETA).mean(),
+        partial(opdc.jsd, beta=BETA),
         matrices=3,
     ),
     "skew_forward_kl": Function(
         "skew forward KL",
-        lambda z, t, _: textbook.skew_forward_kl(z, t, ALPHA).mean(),
-        lambda z, t, _, **options: opdc.skew_kl(z, t, alpha=ALPHA, direction="forward", **options),
+        ("teacher",),
+        lambda z, t: textbook.skew_forward_kl(z, t, ALPHA).mean(),
+        partial(opdc.skew_kl, alpha=ALPHA, direction="forward"),
         matrices=3,
     ),
     "skew_reverse_kl": Function(
         "skew reverse KL",
-        lambda z, t, _: textbook.skew_reverse_kl(z, t, ALPHA).mean(),
-        lambda z, t, _, **options: opdc.skew_kl(z, t, alpha=ALPHA, direction="reverse", **options),
+        ("teacher",),
+        lambda z, t: textbook.skew_reverse_kl(z, t, ALPHA).mean(),
+        partial(opdc.skew_kl, alpha=ALPHA, direction="reverse"),
         matrices=3,
+    ),
+    "forward_kl_tail": Function(
+        f"forward KL, top {TOP} + tail",
+        ("teacher",),
+        lambda z, t: textbook.forward_kl_tail(z, t, TOP).mean(),
+        partial(opdc.forward_kl, support="teacher", k=TOP, normalize="tail"),
+        matrices=3,
+    ),
+    "lsm": Function(
+        "LSM, teacher logits",
+        ("teacher",),
+        lambda z, t: textbook.lsm(z, t, TOP).mean(),
+        partial(opdc.lsm, k=TOP),
+        matrices=2,  # of the student only the support is read
+    ),
+    "lsm_given": Function(
+        f"LSM, teacher top {TOP}",
+        ("teacher_topk",),
+        lambda z, top: textbook.lsm_given(z, top.ids, top.logprobs).mean(),
+        opdc.lsm,
+        matrices=1,  # the gradient, almost all of it zeros
     ),
     "k1": Function(
         "K1, teacher logits",
+        ("teacher", "tokens"),
         lambda z, t, y: textbook.k1(z, t, y).mean(),
-        lambda z, t, y, **options: opdc.k1(z, t, y, **options),
+        opdc.k1,
         matrices=3,
     ),
     "k1_given": Function(
         "K1, teacher log-probs",
+        ("teacher_logprobs", "tokens"),
         lambda z, t, y: textbook.k1_given(z, t, y).mean(),
-        lambda z, t, y, **options: opdc.k1(z, t, y, **options),
+        opdc.k1,
         matrices=2,
-        teacher_logprobs=True,
     ),
     "k2": Function(
         "K2",
+        ("teacher", "tokens"),
         lambda z, t, y: textbook.k2(z, t, y).mean(),
-        lambda z, t, y, **options: opdc.k2(z, t, y, **options),
+        opdc.k2,
         matrices=3,
     ),
     "k3": Function(
         "K3",
+        ("teacher", "tokens"),
         lambda z, t, y: textbook.k3(z, t, y).mean(),
-        lambda z, t, y, **options: opdc.k3(z, t, y, **options),
+        opdc.k3,
+        matrices=3,
+    ),
+    "tropd": Function(
+        "TrOPD",
+        ("teacher", "tokens", "uniforms"),
+        lambda z, t, y, u: textbook.tropd(z, t, y, u, 64).mean(),
+        lambda z, t, y, u, **options: opdc.tropd(z, t, y, k=64, uniforms=u, **options),
+        matrices=3,
+    ),
+    "eopd": Function(
+        "EOPD",
+        ("teacher", "tokens"),
+        lambda z, t, y: textbook.eopd(z, t, y, 16).mean(),
+        partial(opdc.eopd, k=16),
+        matrices=3,
+    ),
+    "reopold_exploration": Function(
+        "REOPOLD, exploration",
+        ("teacher", "tokens"),
+        lambda z, t, y: textbook.reopold(z, t, y, "exploration"),
+        partial(opdc.reopold, phase="exploration"),
+        matrices=3,
+        whole=True,
+    ),
+    "reopold_refinement": Function(
+        "REOPOLD, refinement",
+        ("teacher", "tokens"),
+        lambda z, t, y: textbook.reopold(z, t, y, "refinement"),
+        partial(opdc.reopold, phase="refinement"),
+        matrices=3,
+        whole=True,
+    ),
+    "aopd": Function(
+        "AOPD",
+        ("teacher", "tokens"),
+        lambda z, t, y: textbook.aopd(z, t, y, 16).mean(),
+        partial(opdc.aopd, k=16),
         matrices=3,
     ),
     "token_logprobs": Function(
         "token log-probs",
-        lambda z, _, y: textbook.token_logprobs(z, y).mean(),
-        lambda z, _, y: opdc.token_logprobs(z, y).mean(),
+        ("tokens",),
+        lambda z, y: textbook.token_logprobs(z, y).mean(),
+        lambda z, y: opdc.token_logprobs(z, y).mean(),
         matrices=2,
         inplace=False,
     ),
     "entropy": Function(
         "entropy",
-        lambda z, _t, _y: textbook.entropy(z).mean(),
-        lambda z, _t, _y: opdc.entropy(z).mean(),
+        (),
+        lambda z: textbook.entropy(z).mean(),
+        lambda z: opdc.entropy(z).mean(),
         matrices=2,
         inplace=False,
+    ),
+    "topk": Function(
+        f"top {TOP}, no gradient",
+        (),
+        lambda z: textbook.topk(z, TOP)[1],
+        lambda z: opdc.topk(z, TOP).logprobs,
+        matrices=1,
+        inplace=False,
+        gradient=False,
     ),
 }
 
@@ -111,21 +196,34 @@ class Inputs:
     student: Tensor
     teacher: Tensor
     teacher_logprobs: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
     tokens: Tensor
+    uniforms: Tensor
     scratch: Tensor  # the student's logits again, for in-place calls to overwrite
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def teacher_of(self, function: Function) -> Tensor:
-        return self.teacher_logprobs if function.teacher_logprobs else self.teacher
+    @property
+    def teacher_topk(self) -> opdc.TopK:
+        return opdc.TopK(self.top_ids, self.top_logprobs)
+
+    def of(self, function: Function) -> list[Any]:
+        """What a function is called with after the student's logits."""
+        return [getattr(self, name) for name in function.takes]
 
     def slice(self, start: int, stop: int) -> Inputs:
         return Inputs(**{name: tensor[start:stop] for name, tensor in vars(self).items()})
 
     def to(self, dtype: torch.dtype) -> Inputs:
-        student, teacher = self.student.to(dtype), self.teacher.to(dtype)
-        return Inputs(student, teacher, self.teacher_logprobs, self.tokens, student.clone())
+        student = self.student.to(dtype)
+        changed = {
+            "student": student,
+            "teacher": self.teacher.to(dtype),
+            "scratch": student.clone(),
+        }
+        return replace(self, **changed)
 
 
 def make_inputs(rows: int, vocabulary: int, seed: int = 0) -> Inputs:
@@ -142,6 +240,8 @@ def make_inputs(rows: int, vocabulary: int, seed: int = 0) -> Inputs:
     student, teacher = torch.empty(rows, vocabulary), torch.empty(rows, vocabulary)
     tokens = torch.empty(rows, dtype=torch.int64)
     teacher_logprobs = torch.empty(rows)
+    top = min(TOP, vocabulary)
+    top_ids, top_logprobs = torch.empty(rows, top, dtype=torch.int64), torch.empty(rows, top)
     candidates = min(20, vocabulary)
     for start in range(0, rows, 32):  # in pieces, for the temporary tensors to stay small
         piece = slice(start, min(start + 32, rows))
@@ -152,7 +252,17 @@ def make_inputs(rows: int, vocabulary: int, seed: int = 0) -> Inputs:
         z.normal_(0, 0.5, generator=generator).add_(t)
         tokens[piece] = torch.multinomial(z.softmax(-1), 1, generator=generator).squeeze(-1)
         teacher_logprobs[piece] = textbook.token_logprobs(t, tokens[piece])
-    return Inputs(student, teacher, teacher_logprobs, tokens, student.clone())
+        top_ids[piece], top_logprobs[piece] = textbook.topk(t, top)
+    return Inputs(
+        student,
+        teacher,
+        teacher_logprobs,
+        top_ids,
+        top_logprobs,
+        tokens,
+        uniforms=torch.rand(rows, generator=generator),
+        scratch=student.clone(),
+    )
 
 
 class _FromBuffer(torch.autograd.Function):
@@ -178,7 +288,7 @@ class Contender:
     prepare: Callable[[], None] = field(default=lambda: None)
 
 
-def loss_and_gradient(
+def work(
     call: Callable[..., Tensor],
     function: Function,
     inputs: Inputs,
@@ -186,7 +296,10 @@ def loss_and_gradient(
     inplace: bool = False,
     pieces: int = 1,
 ) -> Contender:
-    """Loss and gradient of one function. ``run`` gives the gradient of the first piece."""
+    """Loss and gradient of one function, or its output where only that counts.
+
+    ``run`` gives the gradient, or the output, of the first piece.
+    """
     size = math.ceil(len(inputs) / pieces)
     parts = [inputs.slice(start, start + size) for start in range(0, len(inputs), size)]
     students: list[Tensor] = []
@@ -199,19 +312,37 @@ def loss_and_gradient(
             for part in parts:
                 students.append(_FromBuffer.apply(anchor, part.scratch))  # type: ignore[no-untyped-call]
         else:
-            students.extend(part.student.detach().requires_grad_() for part in parts)
+            students.extend(
+                part.student.detach().requires_grad_(function.gradient) for part in parts
+            )
 
     options = {"inplace": True} if inplace else {}
 
     def run() -> Tensor:
         first = None
         for student, part in zip(students, parts, strict=True):
-            loss = call(student, part.teacher_of(function), part.tokens, **options)
-            if len(parts) > 1:
-                loss = loss * (len(part) / len(inputs))
-            (gradient,) = torch.autograd.grad(loss, student)
-            first = gradient if first is None else first
+            result = call(student, *part.of(function), **options)
+            if function.gradient:
+                loss = result if len(parts) == 1 else result * (len(part) / len(inputs))
+                (result,) = torch.autograd.grad(loss, student)
+            first = result if first is None else first
         assert first is not None
         return first
 
     return Contender(run, prepare)
+
+
+def exact(function: Function, inputs: Inputs) -> Tensor:
+    """What the first rows should be, or all of them: by the textbook in float64."""
+    few = inputs if function.whole else inputs.slice(0, CHECKED_ROWS)
+    student = few.student.double().requires_grad_(function.gradient)
+    result = function.textbook(student, *map(_in_double, few.of(function)))
+    if function.gradient:
+        (result,) = torch.autograd.grad(result * (len(few) / len(inputs)), student)
+    return result
+
+
+def _in_double(value: Any) -> Any:
+    if isinstance(value, opdc.TopK):
+        return value._replace(logprobs=value.logprobs.double())
+    return value.double() if value.is_floating_point() else value

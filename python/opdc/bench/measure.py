@@ -8,7 +8,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,18 @@ from .contenders import (
     Contender,
     Function,
     Inputs,
-    loss_and_gradient,
+    exact,
     make_inputs,
+    work,
 )
 
 SLOW = 4.0  # seconds; a call as long as this is not worth repeating, its noise averages out in it
 REHEARSALS = 4  # untimed calls before a timed one, at most
 REHEARSAL = 1.0  # seconds that they may take together, but one there always is
-CHECKED_ROWS = 2  # whose gradient is compared with float64
-OVERHEAD_SHAPE = (1, 32)  # so few logits that only the cost of the call is left
-OVERHEAD_CALLS = 2000
+OVERHEAD_SHAPE = (1, 128)  # so few logits that only the cost of the call is left
+OVERHEAD_CALLS = 1000
+ORDER_ROWS = 64  # of the top-K of rows in adverse orders
+ORDER_SECONDS = 2.0  # for each of them
 
 
 @dataclass
@@ -52,6 +54,12 @@ class Plan:
     def cases(self) -> list[tuple[int, int, str, str]]:
         threads = sorted(self.threads, reverse=True)
         return list(itertools.product(sorted(self.rows), threads, self.dtypes, self.functions))
+
+    def steps(self) -> int:
+        """How much `Benchmark.run` reports: the cases, then what is measured once for a dtype."""
+        return len(self.cases()) + len(self.dtypes) * (
+            len(self.functions) + ("topk" in self.functions)
+        )
 
     def bytes(self) -> int:
         """What the inputs need: student, teacher and scratch in float32 and in each other dtype."""
@@ -173,13 +181,12 @@ def microseconds(samples: list[float], rows: int) -> dict[str, float]:
 def call_overhead(function: Function, dtype: torch.dtype, textbook: bool) -> float:
     """Microseconds of loss and gradient where there is next to nothing to compute."""
     inputs = make_inputs(*OVERHEAD_SHAPE).to(dtype)
-    call = function.textbook if textbook else function.opdc
-    teacher, tokens = inputs.teacher_of(function), inputs.tokens
-    student = inputs.student.requires_grad_()
+    contender = work(function.textbook if textbook else function.opdc, function, inputs)
+    contender.prepare()
     samples = []
     for _ in range(OVERHEAD_CALLS):
         start = time.perf_counter_ns()
-        torch.autograd.grad(call(student, teacher, tokens), student)
+        contender.run()
         samples.append(time.perf_counter_ns() - start)
     return statistics.median(samples) / 1000
 
@@ -187,16 +194,12 @@ def call_overhead(function: Function, dtype: torch.dtype, textbook: bool) -> flo
 # ---- the benchmark ---------------------------------------------------------------------------
 
 
-def reference_gradient(function: Function, inputs: Inputs) -> Tensor:
-    """The gradient of the first rows by the textbook in float64."""
-    few = inputs.slice(0, CHECKED_ROWS)
-    student = few.student.double().requires_grad_()
-    teacher = few.teacher_of(function)
-    if function.teacher_logprobs or teacher.dim() > 1:
-        teacher = teacher.double()
-    loss = function.textbook(student, teacher, few.tokens) * (len(few) / len(inputs))
-    (gradient,) = torch.autograd.grad(loss, student)
-    return gradient
+ORDERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "random": lambda logits: logits,
+    "ascending": lambda logits: logits.sort(-1).values,
+    "descending": lambda logits: logits.sort(-1, descending=True).values,
+    "constant": lambda logits: logits[:, :1].expand_as(logits).clone(),
+}
 
 
 class Benchmark:
@@ -211,6 +214,8 @@ class Benchmark:
             "vocabulary": plan.vocabulary,
             "complete": False,
             "cases": [],
+            "orders": [],
+            "overhead_shape": OVERHEAD_SHAPE,
             "overhead": [],
         }
         wide = make_inputs(max(plan.rows), plan.vocabulary, plan.seed)
@@ -224,19 +229,45 @@ class Benchmark:
     def run(self) -> Iterator[str]:
         """Measures case by case, yielding what comes next."""
         threads = torch.get_num_threads()
+        gc.freeze()  # what is there before is not looked through whenever the memory is measured
         try:
             for rows, count, dtype, function in self.plan.cases():
                 yield f"{FUNCTIONS[function].title}, {dtype}, {rows} rows, threads: {count}"
                 torch.set_num_threads(count)
                 self.result["cases"].append(self.case(function, dtype, rows, count))
             torch.set_num_threads(max(self.plan.threads))
+            for dtype in self.plan.dtypes if "topk" in self.plan.functions else ():
+                yield f"{FUNCTIONS['topk'].title}, {dtype}, rows in adverse orders"
+                self.result["orders"].append(self.orders(dtype))
             for dtype, function in itertools.product(self.plan.dtypes, self.plan.functions):
                 yield f"{FUNCTIONS[function].title}, {dtype}, overhead of a call"
                 self.result["overhead"].append(self.overhead(function, dtype))
             self.result["complete"] = True
         finally:
+            gc.unfreeze()
             torch.set_num_threads(threads)
             self.result["seconds"] = time.monotonic() - self.started
+
+    def orders(self, dtype: str) -> dict[str, Any]:
+        """Top-K of the same logits in orders that a selection could dislike."""
+        rows = min(ORDER_ROWS, *self.plan.rows)
+        inputs = self.inputs[dtype].slice(0, rows)
+        measured = {
+            f"{name} {order}": work(
+                getattr(FUNCTIONS["topk"], call),
+                FUNCTIONS["topk"],
+                replace(inputs, student=arrange(inputs.student)),
+            )
+            for order, arrange in ORDERS.items()
+            for name, call in (("eager", "textbook"), ("opdc", "opdc"))
+            if name in self.plan.contenders
+        }
+        samples = interleave(measured, self.plan.repeats, ORDER_SECONDS, lambda *_: None)
+        record: dict[str, Any] = {"dtype": dtype, "rows": rows, "threads": max(self.plan.threads)}
+        for key, values in samples.items():
+            name, order = key.split()
+            record.setdefault(name, {})[order] = microseconds(values, rows)["median"]
+        return record
 
     def overhead(self, function: str, dtype: str) -> dict[str, Any]:
         record: dict[str, Any] = {"function": function, "dtype": dtype}
@@ -251,14 +282,17 @@ class Benchmark:
         inputs = self.inputs[dtype].slice(0, rows)
         notes: list[str] = []
         contenders = self.contenders(name, dtype, inputs, notes)
-        reference = reference_gradient(function, inputs)
         errors: dict[str, float] = {}
+        # A reference of all rows in float64 is too large to be made for the larger sizes.
+        checked = not function.whole or rows == min(self.plan.rows)
+        reference = exact(function, inputs) if checked else None
 
-        def inspect(key: str, gradient: Tensor) -> None:
+        def inspect(key: str, result: Tensor) -> None:
             """All must have done the same work: the relative error, in norm, against float64."""
-            if key in contenders:
-                error = gradient[:CHECKED_ROWS].double() - reference
-                errors[key] = float(error.norm() / reference.norm())
+            if key in contenders and reference is not None:
+                count = min(len(result), len(reference))  # a piece may be shorter
+                error = result[:count].double() - reference[:count]
+                errors[key] = float(error.norm() / reference[:count].norm())
 
         source, target = self.copy_from[:rows], self.copy_to[:rows]
         measured = {
@@ -315,9 +349,12 @@ class Benchmark:
                 torch._dynamo.reset()  # an earlier case must not use up the recompilations
                 call = torch.compile(function.textbook, fullgraph=True, dynamic=False)
             pieces = self.pieces(name, dtype, key, len(inputs))
+            if pieces > 1 and function.whole:
+                notes.append(f"{key} left out: it would not fit into memory")
+                continue
             if pieces > 1:
                 notes.append(f"{key} in {pieces} pieces: the whole would not fit into memory")
-            contender = loss_and_gradient(call, function, inputs, pieces=pieces)
+            contender = work(call, function, inputs, pieces=pieces)
             if key == "compile":
                 try:
                     timed(contender)
@@ -328,11 +365,9 @@ class Benchmark:
                     continue
             found[key] = contender
         if "opdc" in self.plan.contenders:
-            found["opdc"] = loss_and_gradient(function.opdc, function, inputs)
+            found["opdc"] = work(function.opdc, function, inputs)
             if function.inplace:
-                found["opdc_inplace"] = loss_and_gradient(
-                    function.opdc, function, inputs, inplace=True
-                )
+                found["opdc_inplace"] = work(function.opdc, function, inputs, inplace=True)
         return found
 
     def pieces(self, name: str, dtype: str, contender: str, rows: int) -> int:

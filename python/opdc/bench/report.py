@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .contenders import FUNCTIONS
+from .contenders import FUNCTIONS, TOP
 
 NAMES = {
     "eager": "eager",
@@ -208,11 +208,31 @@ def memory_table(result: dict[str, Any], cases: list[Case]) -> Table:
     return table
 
 
+def orders_table(result: dict[str, Any]) -> Table:
+    records = result["orders"]
+    names = [name for name in ("eager", "opdc") if name in records[0]]
+    first = records[0]
+    table = _table(
+        f"{FUNCTIONS['topk'].title}: microseconds a row for rows in an adverse order "
+        f"({first['rows']} rows, {plural(first['threads'], 'thread')})",
+        "×: over rows in random order",
+        ["order", *(f"{SHORT[name]}, {r['dtype']}" for r in records for name in names)],
+    )
+    for order in records[0][names[0]]:
+        cells = []
+        for times_of in (record[name] for record in records for name in names):
+            slower = times(times_of[order] / times_of["random"])
+            cells.append(number(times_of[order]) + ("" if order == "random" else f" ({slower})"))
+        table.add_row(order, *cells)
+    return table
+
+
 def overhead_table(result: dict[str, Any]) -> Table:
     dtypes = seen(result["overhead"], "dtype")
     names = [name for name in ("eager", "opdc") if name in result["overhead"][0]]
+    rows, vocabulary = result.get("overhead_shape", (1, 32))
     table = _table(
-        "Overhead of a call: microseconds for loss and gradient of 1 × 32 logits",
+        f"Overhead of a call: microseconds for loss and gradient of {rows} × {vocabulary} logits",
         "",
         ["function", *(f"{SHORT[name]}, {dtype}" for dtype in dtypes for name in names)],
     )
@@ -255,6 +275,8 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
     threads_over_one = thread_table(result) if cases else None
     if threads_over_one is not None:
         console.print(threads_over_one, "", highlight=False)
+    if result.get("orders"):
+        console.print(orders_table(result), "", highlight=False)
     if result["overhead"]:
         console.print(overhead_table(result), "", highlight=False)
     for note, where in notes(result).items():
@@ -311,6 +333,14 @@ def markdown(result: dict[str, Any]) -> str:
         "Ratios and streams are those of `inplace=True` where the function has it; memory is what "
         "the call needs beyond its inputs: eager → opdc → in place.",
     ]
+    for record in result.get("orders", []):
+        if "opdc" in record:
+            random, *others = record["opdc"].items()
+            adverse = ", ".join(f"{order} {times(spent / random[1])}" for order, spent in others)
+            remarks.append(
+                f"Top {TOP} of {record['dtype']} rows in an adverse order, over random rows: "
+                f"{adverse}."
+            )
     return "\n".join([*lines, "", *remarks])
 
 
@@ -344,57 +374,57 @@ def save_plot(result: dict[str, Any], path: Path) -> None:
 
     cases = principal(result)
     names, dtypes = contenders(result), seen(cases, "dtype")
-    most = max(sum(case["dtype"] == dtype for case in cases) for dtype in dtypes)
+    functions = seen(cases, "function")
     figure, panels = plt.subplots(
-        len(dtypes),
         1,
-        figsize=(max(8.0, 1.2 + most), 0.7 + 2.9 * len(dtypes)),
+        len(dtypes),
+        figsize=(2.0 + 4.6 * len(dtypes), 1.6 + 0.46 * len(functions)),
         sharex=True,
         sharey=True,
         squeeze=False,
         layout="constrained",
     )
-    width = 0.84 / len(names)
-    for dtype, axes in zip(dtypes, panels[:, 0], strict=True):
-        chosen = [case for case in cases if case["dtype"] == dtype]
+    thickness = 0.84 / len(names)
+    for dtype, axes in zip(dtypes, panels[0], strict=True):
+        chosen = [(functions.index(c["function"]), c) for c in cases if c["dtype"] == dtype]
         for offset, name in enumerate(names):
-            heights = [median(case, name) for case in chosen]
-            places = [x + (offset - (len(names) - 1) / 2) * width for x in range(len(chosen))]
-            axes.bar(
-                places,
-                [float("nan") if height is None else height for height in heights],
-                width,
+            axes.barh(
+                [y + (offset - (len(names) - 1) / 2) * thickness for y, _ in chosen],
+                [median(case, name) or float("nan") for _, case in chosen],
+                thickness,
                 label=NAMES[name],
                 color=COLOURS[name],
             )
-        for x, case in enumerate(chosen):
-            axes.hlines(
+        for index, (y, case) in enumerate(chosen):
+            axes.vlines(
                 case["least"] * case["stream"],
-                x - 0.45,
-                x + 0.45,
+                y - 0.45,
+                y + 0.45,
                 colors="black",
                 linewidth=1.2,
-                label=None if x else "reading and writing alone",
+                label=None if index else "reading and writing alone",
             )
-            faster, height = ratio(case, "eager"), median(case, best(case))
-            if faster is not None and height is not None:
-                place = x + (names.index(best(case)) - (len(names) - 1) / 2) * width
+            faster, length = ratio(case, "eager"), median(case, best(case))
+            if faster is not None and length is not None:
+                place = y + (names.index(best(case)) - (len(names) - 1) / 2) * thickness
                 axes.annotate(
                     times(faster),
-                    (place, height),
-                    (0, 2),
+                    (max(length, case["least"] * case["stream"]), place),
+                    (3, 0),
                     textcoords="offset points",
-                    ha="center",
+                    va="center",
                     fontsize=7,
                 )
-        axes.set_yscale("log")
-        axes.margins(x=0.01, y=0.12)
-        axes.set_ylabel(f"{dtype}\nµs a row")
-        axes.set_xticks(range(len(chosen)), [title(case).replace(", ", ",\n") for case in chosen])
-        axes.tick_params(axis="x", length=0, labelsize=8)
-        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        axes.set_xscale("log")
+        axes.margins(x=0.06, y=0.01)
+        axes.set_title(dtype, fontsize=10)
+        axes.set_xlabel("µs a row")
+        axes.set_yticks(range(len(functions)), [FUNCTIONS[name].title for name in functions])
+        axes.tick_params(axis="y", length=0, labelsize=8)
+        axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
         axes.set_axisbelow(True)
-        axes.spines[["top", "right", "bottom"]].set_visible(False)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    panels[0, 0].invert_yaxis()
     first = cases[0]
     figure.suptitle(
         f"Loss and gradient, {first['rows']:,} × {result['vocabulary']:,} logits, "

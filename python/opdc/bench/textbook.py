@@ -1,7 +1,8 @@
 """The losses as a researcher writes them in PyTorch: a few lines each, gradients by autograd.
 
 Positions are rows; each function takes the student's logits, the teacher's logits and, where it
-needs them, the tokens, and gives the loss of every row. The arithmetic is in float32 or better.
+needs them, the tokens, and gives the loss of every row, except where it says otherwise. The
+arithmetic is in float32 or better.
 """
 
 from __future__ import annotations
@@ -57,9 +58,8 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def k1_given(student: Tensor, teacher_logprobs: Tensor, tokens: Tensor) -> Tensor:
-    s = token_logprobs(student, tokens)
-    advantage = (teacher_logprobs - s).detach()
-    return -advantage * torch.exp(s - s.detach())
+    s_y = token_logprobs(student, tokens)
+    return _policy_gradient(s_y, (teacher_logprobs - s_y).detach())
 
 
 def k1(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
@@ -73,3 +73,95 @@ def k2(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
 def k3(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
     log_ratio = token_logprobs(teacher, tokens) - token_logprobs(student, tokens)
     return torch.exp(log_ratio) - 1 - log_ratio
+
+
+def topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ids of the k largest logits and their log-probs."""
+    values, ids = torch.topk(logits, k)
+    normalizer = torch.logsumexp(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+    return ids, values - normalizer.unsqueeze(-1)
+
+
+def lsm(student: Tensor, teacher: Tensor, k: int) -> Tensor:
+    values, ids = torch.topk(teacher, k)
+    return lsm_given(student, ids, values)
+
+
+def lsm_given(student: Tensor, ids: Tensor, teacher_logprobs: Tensor) -> Tensor:
+    # Renormalised on the support: what the logits or log-probs have in common drops out.
+    return divergence(log_probs(student.gather(-1, ids)), log_probs(teacher_logprobs))
+
+
+def forward_kl_tail(student: Tensor, teacher: Tensor, k: int) -> Tensor:
+    s, t = log_probs(student), log_probs(teacher)
+    top, ids = torch.topk(t, k)
+    # Not log(1 - mass): of a confident teacher nothing but the rounding would be left.
+    s_tail = s.scatter(-1, ids, -math.inf).logsumexp(-1)
+    t_tail = t.scatter(-1, ids, -math.inf).logsumexp(-1)
+    return divergence(top, s.gather(-1, ids)) + t_tail.exp() * (t_tail - s_tail)
+
+
+def tropd(student: Tensor, teacher: Tensor, tokens: Tensor, uniforms: Tensor, k: int) -> Tensor:
+    s, t = log_probs(student), log_probs(teacher)
+    s_y, log_ratio = _of_tokens(s, t, tokens)
+    top, ids = torch.topk(t, k)
+    return torch.where(
+        uniforms < log_ratio.exp(),
+        _policy_gradient(s_y, log_ratio),
+        divergence(top, s.gather(-1, ids)),
+    )
+
+
+def eopd(
+    student: Tensor, teacher: Tensor, tokens: Tensor, k: int, entropy_threshold: float = 0.8
+) -> Tensor:
+    s, t = log_probs(student), log_probs(teacher)
+    top, ids = torch.topk(t, k)
+    forward = divergence(top.log_softmax(-1), s.gather(-1, ids))
+    gate = -(t.exp() * t).sum(-1) > entropy_threshold
+    return _policy_gradient(*_of_tokens(s, t, tokens)) + gate * forward
+
+
+def reopold(
+    student: Tensor,
+    teacher: Tensor,
+    tokens: Tensor,
+    phase: str,
+    mask: Tensor | None = None,
+    mixture: float = 0.3,
+    keep: float = 0.2,
+) -> Tensor:
+    """The mean over the rows that the phase selects, a single number."""
+    s, t = log_probs(student), log_probs(teacher)
+    s_y, log_ratio = _of_tokens(s, t, tokens)
+    active = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    floor = math.log(mixture) / (1 - mixture)
+    if phase == "exploration":
+        selected = active & (log_ratio >= floor)
+    else:
+        entropies = -(s.detach().exp() * s.detach()).sum(-1).masked_fill(~active, -math.inf)
+        rank = (keep * active.sum().double() - 1e-9).ceil().long() - 1  # of the last one kept
+        ordered = entropies.flatten().sort(descending=True).values
+        selected = active & (entropies >= ordered.gather(0, rank.unsqueeze(0)))
+    losses = _policy_gradient(s_y, log_ratio.clamp(min=floor))
+    return (losses * selected).sum() / selected.sum().clamp(min=1)
+
+
+def aopd(student: Tensor, teacher: Tensor, tokens: Tensor, k: int) -> Tensor:
+    s, t = log_probs(student), log_probs(teacher)
+    s_y, log_ratio = _of_tokens(s, t, tokens)
+    top, ids = torch.topk(t, k)
+    return torch.where(
+        log_ratio <= 0, divergence(top, s.gather(-1, ids)), _policy_gradient(s_y, log_ratio)
+    )
+
+
+def _of_tokens(s: Tensor, t: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The student's log-probs of the tokens, and how far the teacher's are above them."""
+    index = tokens.unsqueeze(-1)
+    s_y, t_y = s.gather(-1, index).squeeze(-1), t.gather(-1, index).squeeze(-1)
+    return s_y, (t_y - s_y).detach()
+
+
+def _policy_gradient(s_y: Tensor, advantage: Tensor) -> Tensor:
+    return -advantage * torch.exp(s_y - s_y.detach())

@@ -1,4 +1,5 @@
-"""`python -m opdc demo`: one real on-policy distillation on the CPU, in about a minute.
+"""`python -m opdc demo`: a real on-policy distillation on the CPU, in about a minute, or several
+that compare methods.
 
 `loop.py` is the part to copy; the rest feeds it, watches it and reports.
 """
@@ -12,8 +13,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .methods import METHODS
+
 EXTRA = ("transformers", "matplotlib", "rich", "safetensors")
-METHODS = ("reverse_kl", "forward_kl", "jsd", "skew_kl", "k1", "k2", "k3")
+# One of each kind: the plain policy gradient, two repairs of it, a top-K loss, full divergences.
+COMPARED = ("k1", "reopold", "tropd", "lsm", "reverse_kl", "forward_kl")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +25,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Distil a small teacher into a weaker student, on the student's own rollouts, with "
         "opdc's loss. Offline; without options it uses two models that come with the package."
     )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--method",
+        choices=METHODS,
+        default="reverse_kl",
+        metavar="METHOD",
+        help=f"the loss, one of {', '.join(METHODS)} (default: reverse_kl)",
+    )
+    what.add_argument(
+        "--compare",
+        choices=METHODS,
+        nargs="*",
+        metavar="METHOD",
+        help=f"several losses side by side (default: {', '.join(COMPARED)})",
+    )
     parser.add_argument(
-        "--method", choices=METHODS, default="reverse_kl", help="the loss (default: reverse_kl)"
+        "--seeds",
+        type=_positive_int,
+        metavar="N",
+        help="with --compare: runs of each, with --seed and the numbers after it (default: 3)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=_positive_int,
+        metavar="N",
+        help="with --compare: runs at a time (default: one for each processor; with models of "
+        "your own, 1)",
     )
     parser.add_argument("--steps", type=_positive_int, default=100, help="updates (default: 100)")
     parser.add_argument(
@@ -71,19 +100,36 @@ def run(arguments: argparse.Namespace) -> int:
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         return _fail(f"{', '.join(missing)} not installed: pip install '.[demo]'")
+    if fault := _fault(arguments):
+        return _fail(fault)
     os.environ["HF_HUB_OFFLINE"] = "1"  # read by transformers when it is imported
     try:
         from .command import run_demo
+        from .compare import run_compare
         from .loading import DemoError
 
         try:
-            run_demo(arguments)
+            if arguments.compare is None:
+                run_demo(arguments)
+            else:
+                run_compare(arguments)
         except DemoError as error:
             return _fail(str(error))
     except KeyboardInterrupt:
         print("python -m opdc demo: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _fault(arguments: argparse.Namespace) -> str | None:
+    """What can be found wrong before anything is loaded."""
+    if arguments.compare is None and (arguments.seeds or arguments.jobs):
+        return "--seeds and --jobs are for --compare"
+    if not arguments.output.parent.is_dir():
+        return f"--output {arguments.output}: no folder {arguments.output.parent}"
+    if arguments.output.is_dir():
+        return f"--output {arguments.output}: is a folder, wanted a file name"
+    return None
 
 
 def _fail(reason: str) -> int:

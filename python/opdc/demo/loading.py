@@ -60,11 +60,12 @@ def load_pair(student_folder: Path | None, teacher_folder: Path | None) -> Pair:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     # A folder's own sampling settings (top-k, repetition penalty, ...) would change the policy
     # behind the loss: only its end tokens are kept.
-    student.generation_config = GenerationConfig(
-        eos_token_id=end_tokens(student) or tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=list(range(size, heads["student"])) if valid_vocab else None,
-    )
+    for model, head in ((student, heads["student"]), (teacher, heads["teacher"])):
+        model.generation_config = GenerationConfig(
+            eos_token_id=end_tokens(model) or tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            suppress_tokens=list(range(size, head)) if valid_vocab and head > size else None,
+        )
     return Pair(student, teacher, tokenizer, valid_vocab)
 
 

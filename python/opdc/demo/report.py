@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .evaluate import Score
+from .methods import METHODS
 
 BUILT_IN = "built in"
 COLORS = ("#1f5fa8", "#d9822b", "#3a8f5c")
@@ -53,6 +54,7 @@ class Result:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     loss_timing: LossTiming | None = None
     plot: str | None = None
+    failure: str | None = None  # why the run was given up
 
     @property
     def updates(self) -> int:
@@ -72,9 +74,19 @@ def print_tables(console: Console, result: Result) -> None:
     if result.loss_timing:
         console.print(_timing_text(result.loss_timing))
         console.print()
+    print_remarks(console, [result.method], result)
 
 
-def _table(title: str, headings: tuple[str, ...]) -> Table:
+def print_remarks(console: Console, methods: list[str], result: Result) -> None:
+    """What not to promise of the methods, where it is known: on the built-in task."""
+    if {result.student, result.teacher, result.prompts} == {BUILT_IN}:
+        for method in methods:
+            if METHODS[method].remark:
+                console.print(f"[bold]{method}[/] {METHODS[method].remark}.")
+                console.print()
+
+
+def plain_table(title: str, headings: tuple[str, ...], label_width: int = 37) -> Table:
     """A table of numbers; the widths make those of one report line up."""
     table = Table(
         title=title,
@@ -86,7 +98,7 @@ def _table(title: str, headings: tuple[str, ...]) -> Table:
         pad_edge=False,
         header_style="",
     )
-    table.add_column("", min_width=37)
+    table.add_column("", min_width=label_width)
     for heading in headings:
         table.add_column(heading, justify="right", min_width=9)
     return table
@@ -94,7 +106,7 @@ def _table(title: str, headings: tuple[str, ...]) -> Table:
 
 def _quality_table(result: Result) -> Table:
     first, last = result.scores[0], result.scores[-1]
-    table = _table(
+    table = plain_table(
         f"On-policy distillation with {result.method}: {last.updates} updates of {result.batch} "
         "rollouts",
         ("before", "after", "change"),
@@ -117,7 +129,7 @@ def _quality_table(result: Result) -> Table:
 
 
 def _time_table(result: Result) -> Table:
-    table = _table(
+    table = plain_table(
         f"Where the time of an update went (threads: {result.threads})",
         ("seconds", "ms each", "share"),
     )
