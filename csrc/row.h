@@ -408,6 +408,18 @@ static inline real *kept_block(const void *kept, int64_t start) {
   return (real *)kept + start / BLOCK * ((BLOCK_BYTES + KEPT_LINE) / (int)sizeof(real));
 }
 
+/* The largest logit of each tile of a block that starts at `start`, into its place in `tiles`, if
+ * there are any. Ignores NaN. */
+static void tile_maxima(const real *x, int64_t start, int length, candidate *tiles) {
+  for (int from = 0; tiles && from < length; from += TILE) {
+    const int to = padded(length - from < TILE ? length - from : TILE) + from;
+    const int64_t tile = (start + from) / TILE;
+    lane maximum = lane_set(-(real)INFINITY);
+    for (int i = from; i < to; i += LANES) maximum = lane_max(lane_load(x + i), maximum);
+    tiles[tile] = (candidate){(double)lane_maximum(maximum), tile};
+  }
+}
+
 /* Takes the ids of a support out of a block, as if they did not exist. */
 static extremes without(const support_entry *entries, int64_t count, int64_t start, int length,
                         real *x, extremes found) {
@@ -430,9 +442,11 @@ static extremes without(const support_entry *entries, int64_t count, int64_t sta
 }
 
 /* Masses of both models, their log-ratio and both KL divergences: one read of each row. Without
- * the ids of `work`, if it is given: the masses outside of its support. */
+ * the ids of `outside`, if it is given: the masses off its support. The maxima of tiles come along
+ * for the model whose `tiles` are given. */
 static void measure_pair(const row_call *call, const row_input *input, row *out, void *kept,
-                         const workspace *outside) {
+                         const workspace *outside, candidate *student_tiles,
+                         candidate *teacher_tiles) {
   const temperature T = temperature_of(call);
   block at;
   batch parts;
@@ -441,6 +455,8 @@ static void measure_pair(const row_call *call, const row_input *input, row *out,
     const int count = block_length(start, call->vocabulary), index = parts.count;
     extremes xs = gather(input->student, call->student_type, start, count, at.x);
     extremes ys = gather(input->teacher, call->teacher_type, start, count, at.y);
+    tile_maxima(at.x, start, count, student_tiles);
+    tile_maxima(at.y, start, count, teacher_tiles);
     if (outside) {
       xs = without(outside->entries, outside->count, start, count, at.x, xs);
       ys = without(outside->entries, outside->count, start, count, at.y, ys);
@@ -484,9 +500,9 @@ static void measure_pair(const row_call *call, const row_input *input, row *out,
   out->forward_kl = parts.forward_kl[0];
 }
 
-/* One model alone; `kept` and `outside` as above. */
+/* One model alone; all as above. */
 static mass measure_one(const row_call *call, const void *logits, dtype type, void *kept,
-                        const workspace *outside) {
+                        const workspace *outside, candidate *tiles) {
   const temperature T = temperature_of(call);
   _Alignas(64) real x[BLOCK];
   _Alignas(64) real own[BLOCK];
@@ -496,6 +512,7 @@ static mass measure_one(const row_call *call, const void *logits, dtype type, vo
   for (int64_t start = 0; start < call->vocabulary; start += BLOCK) {
     const int count = block_length(start, call->vocabulary);
     extremes xs = gather(logits, type, start, count, x);
+    tile_maxima(x, start, count, tiles);
     if (outside) xs = without(outside->entries, outside->count, start, count, x, xs);
     real *e = kept ? kept_block(kept, start) : own;
     if (kept) e[BLOCK] = xs.maximum;
@@ -653,50 +670,44 @@ case rule:                                                                      
 
 /* --- Supports --------------------------------------------------------------------------------- */
 
-/* The k largest logits, sorted, from the maxima of tiles: each of the k tiles with the largest
- * maxima has an id that comes before all ids of the other tiles, so that only these k are searched,
- * and in them only what is not below the least of their maxima. Returns how many there are, in
- * `*found`, part of `work`; -1 for a row with NaN, +inf or nothing but -inf. */
-static int64_t largest(const void *logits, dtype type, int64_t vocabulary, int64_t k,
-                       candidate *work, candidate **found) {
-  const int64_t tile_count = (vocabulary + TILE - 1) / TILE,
-                searched = k < tile_count ? k : tile_count;
+/* The maxima of the tiles of a row, whose masses nobody measures; 0 if it has NaN. */
+static int read_tiles(const void *logits, dtype type, int64_t vocabulary, candidate *tiles) {
   _Alignas(64) real copy[BLOCK];
   _Alignas(64) real totals[GROUP];
-  double threshold = -INFINITY;
-  int64_t count = 0, tile = 0;
   for (int64_t start = 0; start < vocabulary; start += BLOCK) {
     const int length = block_length(start, vocabulary);
     const real *x = block_at(logits, type, start, length, copy);
     const next_block ahead = block_after(logits, type, start);
     group all = group_of(0);
     int suspicious = 0;
-    for (int from = 0; from < length; from += TILE) {
-      const int to = padded(length - from < TILE ? length - from : TILE) + from;
-      lane maximum = lane_set(-(real)INFINITY);
-      group total = group_of(0);
-      for (int first = from; first < to; first += GROUP)
-        for (int part = 0, i = first; part < PARTS; part++, i += LANES) {
-          const lane v = lane_load(x + i);
-          prefetch(ahead, i, part);
-          maximum = lane_max(v, maximum);
-          group_add(&total, part, v);
-        }
-      for (int part = 0; part < PARTS; part++) group_add(&all, part, total.part[part]);
-      work[tile] = (candidate){(double)lane_maximum(maximum), tile};
-      if (work[tile].value == INFINITY) return -1;
-      tile++;
+    tile_maxima(x, start, length, tiles);
+    FOR_EACH_LANE(length) {
+      prefetch(ahead, i, part);
+      group_add(&all, part, lane_load(x + i));
     }
     /* max() drops NaN, a sum does not; but -inf and large numbers may make one */
     for (int part = 0; part < PARTS; part++) lane_store(totals + part * LANES, all.part[part]);
     for (int i = 0; i < GROUP; i++) suspicious |= !(totals[i] - totals[i] == 0);
     for (int i = 0; suspicious && i < length; i++)
-      if (x[i] != x[i]) return -1;
+      if (x[i] != x[i]) return 0;
   }
-  if (searched < tile_count) {
-    take_largest(work, tile_count, searched);
-    threshold = work[searched - 1].value;
-  }
+  return 1;
+}
+
+/* The k largest logits, sorted, from the maxima of the tiles in `work`: each of the k tiles with
+ * the largest maxima has an id that comes before all ids of the other tiles, so that only these k
+ * are searched, and in them only what is not below the least of their maxima. Returns how many
+ * there are, in `*found`, part of `work`; -1 for a row with +inf or nothing but -inf. */
+static int64_t largest(const void *logits, dtype type, int64_t vocabulary, int64_t k,
+                       candidate *work, candidate **found) {
+  const int64_t tile_count = (vocabulary + TILE - 1) / TILE,
+                searched = k < tile_count ? k : tile_count;
+  _Alignas(64) real copy[TILE];
+  double threshold = -INFINITY;
+  int64_t count = 0;
+  take_largest(work, tile_count, searched);
+  if (work[0].value == INFINITY) return -1;
+  if (searched < tile_count) threshold = work[searched - 1].value;
   *found = work + tile_count;
   for (int64_t place = 0; place < searched; place++) {
     const int64_t start = work[place].id * TILE;
@@ -723,10 +734,12 @@ static inline double logprob_of(double z, const mass *of, double inverse) {
 }
 
 static int64_t topk(const row_call *call, const void *logits, workspace *work) {
-  const mass whole = measure_one(call, logits, call->student_type, NULL, NULL);
+  const mass whole = measure_one(call, logits, call->student_type, NULL, NULL, work->candidates);
   candidate *found;
-  const int64_t count =
-      largest(logits, call->student_type, call->vocabulary, call->k, work->candidates, &found);
+  int64_t count = -1;
+  if (whole.rest == whole.rest)
+    count =
+        largest(logits, call->student_type, call->vocabulary, call->k, work->candidates, &found);
   for (int64_t i = 0; i < count; i++)
     work->entries[i] = (support_entry){
         .id = found[i].id,
@@ -763,7 +776,9 @@ static int64_t choose_support(const row_call *call, const row_input *input, work
     const int of_student = call->support == OPDC_STUDENT;
     const void *ranking = of_student ? input->student : input->teacher;
     const dtype type = of_student ? call->student_type : call->teacher_type;
+    const int measured = of_student ? call->student_mass : call->teacher_mass;
     candidate *found;
+    if (!measured && !read_tiles(ranking, type, call->vocabulary, work->candidates)) return -1;
     count = largest(ranking, type, call->vocabulary, call->k, work->candidates, &found);
     if (count < 0) return count;
     for (int64_t i = 0; i < count; i++) {
@@ -782,6 +797,8 @@ static double overlap_of(const row_call *call, const row_input *input, workspace
   candidate *found;
   int64_t count = work->count, common = 0;
   if (count == 0) return 0;
+  if (!read_tiles(input->student, call->student_type, call->vocabulary, work->candidates))
+    return NAN;
   count = largest(input->student, call->student_type, call->vocabulary, count, work->candidates,
                   &found);
   for (int64_t i = 0; i < count; i++) {
@@ -799,9 +816,9 @@ static support_tail tail_of(const row_call *call, const row_input *input, const 
   row outside = {0};
   support_tail tail;
   if (input->teacher)
-    measure_pair(call, input, &outside, NULL, work);
+    measure_pair(call, input, &outside, NULL, work, NULL, NULL);
   else
-    outside.student = measure_one(call, input->student, call->student_type, NULL, work);
+    outside.student = measure_one(call, input->student, call->student_type, NULL, work, NULL);
   tail.student = logprob_of(outside.student.maximum, &whole->student, inverse) +
                  SCALAR(log1p)(outside.student.rest);
   if (!input->teacher) {
@@ -827,7 +844,12 @@ static void measure_support(const row_call *call, const row_input *input, row *o
       (out->student.rest + out->teacher.rest) * rounding < fabs(out->log_ratio) * 0x1p-53;
   double student_maximum = -INFINITY, teacher_maximum = -INFINITY;
   support_tail tail = {-INFINITY, -INFINITY};
-  work->count = choose_support(call, input, work);
+  /* a model without a distribution; of `both` only the ranking one is asked */
+  const int no_student = out->student.rest != out->student.rest,
+            no_teacher = input->teacher && out->teacher.rest != out->teacher.rest;
+  const int undefined =
+      local ? call->support == OPDC_STUDENT ? no_student : no_teacher : no_student || no_teacher;
+  work->count = undefined && call->student_mass ? -1 : choose_support(call, input, work);
   out->slots = (double)work->count;
   if (work->count < 0) {
     out->divergence = out->support_student = out->support_teacher = out->slots = NAN;
@@ -862,11 +884,18 @@ static void measure_support(const row_call *call, const row_input *input, row *o
 
 /* --- The kernels of an instruction set -------------------------------------------------------- */
 
-static void measure_whole(const row_call *call, const row_input *input, row *out, void *kept) {
+static void measure_whole(const row_call *call, const row_input *input, row *out,
+                          const workspace *work) {
+  const int by_student = call->support == OPDC_STUDENT,
+            by_teacher = has_support(call) && !by_student;
+  candidate *student_tiles = by_student ? work->candidates : NULL,
+            *teacher_tiles = by_teacher ? work->candidates : NULL;
   if (input->teacher && call->teacher_mass)
-    measure_pair(call, input, out, keeps_derivatives(call) ? NULL : kept, NULL);
+    measure_pair(call, input, out, keeps_derivatives(call) ? NULL : work->kept, NULL, student_tiles,
+                 teacher_tiles);
   else
-    out->student = measure_one(call, input->student, call->student_type, kept, NULL);
+    out->student =
+        measure_one(call, input->student, call->student_type, work->kept, NULL, student_tiles);
   if (1 + out->student.rest == 0)
     out->student.rest = NAN; /* no id that exists: a row without a loss */
   if (input->teacher && 1 + out->teacher.rest == 0) out->teacher.rest = NAN;
@@ -877,7 +906,7 @@ static void measure_whole(const row_call *call, const row_input *input, row *out
       (input->teacher && out->teacher.rest != out->teacher.rest))
     out->divergence = NAN;
   else if (keeps_derivatives(call))
-    measure_mixture(call, input, out, kept);
+    measure_mixture(call, input, out, work->kept);
 }
 
 static void measure(const row_call *call, const row_input *input, row *out, workspace *work) {
@@ -885,7 +914,7 @@ static void measure(const row_call *call, const row_input *input, row *out, work
   out->teacher = (mass){NAN, NAN, NAN, NAN};
   out->reverse_kl = out->forward_kl = NAN;
   out->compared = !input->prefix;
-  if (call->student_mass) measure_whole(call, input, out, work->kept);
+  if (call->student_mass) measure_whole(call, input, out, work);
   if (input->token >= 0 && call->student_mass) {
     const double z = load_element(input->student, call->student_type, input->token);
     out->token_logprob = logprob_of(z, &out->student, inverse);
@@ -900,11 +929,7 @@ static void measure(const row_call *call, const row_input *input, row *out, work
   }
   KERNEL(describe)(call, input, out);
   if (has_support(call) && !input->prefix) {
-    const int undefined = call->student_mass && call->normalize != OPDC_BOTH &&
-                          (out->student.rest != out->student.rest ||
-                           (input->teacher && out->teacher.rest != out->teacher.rest));
     measure_support(call, input, out, work);
-    if (undefined) out->divergence = NAN;
   }
 }
 
@@ -917,7 +942,7 @@ static void keep(const row_call *call, const row_input *input, const row *from, 
   } else if (keeps_derivatives(call)) {
     measure_mixture(call, input, &again, work->kept);
   } else {
-    (void)measure_one(call, input->student, call->student_type, work->kept, NULL);
+    (void)measure_one(call, input->student, call->student_type, work->kept, NULL, NULL);
   }
 }
 

@@ -393,10 +393,13 @@ static inline void tropd_rule(const row_call *call, const row_input *input, row 
 /* EOPD (arXiv 2603.07079): the policy term everywhere, and a forward KL where the teacher is
  * undecided. */
 static inline void eopd_rule(const row_call *call, const row_input *input, row *at) {
-  const double H = at->teacher_entropy;
+  const double H = at->teacher_entropy, R = at->token_log_ratio;
+  if (H != H || R != R) {
+    at->loss = NAN;
+    return;
+  }
   add_policy(at, 1, policy_rule(call, input, at, at->advantage));
   at->gated = H > call->settings.entropy_threshold;
-  if (H != H) at->loss = NAN;
   if (at->gated != 0) add_divergence(at, call->settings.forward_weight);
 }
 

@@ -352,7 +352,7 @@ def reopold(student, teacher, tokens, *, phase="exploration", mixture=0.3, keep=
 
     def row(index: int) -> tuple[Tensor, float]:
         log_ratio, old = _log_ratio(batch, index), _at(old_logprobs, index)
-        if math.isnan(log_ratio) or (old is not None and math.isnan(old)):
+        if math.isnan(log_ratio):
             return batch.undefined(index)
         s_y = batch.student_at(index)[batch.tokens[index]]
         terms = [(float(is_chosen[index]), lambda: _policy(s_y, max(log_ratio, floor), old, None))]

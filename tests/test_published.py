@@ -1324,6 +1324,32 @@ def test_hazard_04_an_undefined_row_is_nan_and_no_gate_counts_it(case, who, valu
     )
 
 
+@pytest.mark.parametrize(
+    ("case", "field"),
+    [
+        *((case, "token_logprobs") for case in LOSSES),
+        *((case, "old_logprobs") for case in GATED if "old_logprobs" in case.extra),
+    ],
+    ids=str,
+)
+def test_hazard_04_a_log_ratio_that_is_nan(case, field):
+    case = Case(case.name, case.function, dict(case.options), case.extra)
+    case.options.pop("k", None)
+    inputs = prepare(MIXED, (10,), 40, torch.float64)
+    inputs.prefix_mask[4] = False
+    teacher = topk_of(inputs)
+    (inputs.old_logprobs if field == "old_logprobs" else teacher.token_logprobs)[4] = math.nan
+    for reduction in ("none", "mean"):
+        result = measured(case, inputs, teacher=teacher, reduction=reduction)
+        truth = expected(case, inputs, teacher=teacher, reduction=reduction)
+        assert torch.equal(result.value.isnan(), truth.value.isnan())
+        wrong = torch.arange(10) == 4
+        assert torch.equal(result.gradient.isnan().all(-1), wrong)
+        torch.testing.assert_close(
+            result.gradient[~wrong], truth.gradient[~wrong], rtol=1e-11, atol=1e-13
+        )
+
+
 @pytest.mark.parametrize("field", ["token_logprobs", "entropy", "logprobs"])
 def test_hazard_04_a_nan_of_a_sparse_teacher(field):
     inputs = prepare(MIXED, (6,), 40, torch.float64)
@@ -1482,14 +1508,17 @@ def test_metrics_are_unweighted_sums_over_active_positions(case, sparse):
 @pytest.mark.parametrize("name", ["eopd_old", "tropd_old_clip_mask"])
 def test_metrics_count_the_clipped_branch(name):
     mask_outliers = {"k": 5, "region": "threshold", "outlier": "mask", "clip_range": 0.2}
+    mask_outliers["threshold"] = -0.5
     case = NAMED.get(name, Case(name, "tropd", mask_outliers, OLD))
     inputs = prepare(MIXED, (40,), 30)
     s = oracle.token_logprobs(inputs.student, inputs.tokens)
     tau = oracle.token_logprobs(inputs.teacher, inputs.tokens)
     ratio, advantage = (s - inputs.old_logprobs).exp(), tau - inputs.old_logprobs
     clipped = -ratio.clamp(0.8, 1.2) * advantage > -ratio * advantage
-    if case.function == "tropd":
-        clipped &= gates(case, inputs).bool()
+    if case.function == "tropd":  # the policy term of an outlier is not evaluated
+        trusted = gates(case, inputs).bool()
+        assert (clipped & ~trusted).any()
+        clipped &= trusted
     _, metrics = getattr(opdc, case.function)(
         inputs.student, inputs.teacher, inputs.tokens, **inputs.keywords(case), return_metrics=True
     )

@@ -3,8 +3,10 @@ and as the few log-probs that a server sends."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from judge import (
     mixture_condition,
 )
 from regimes import BY_NAME, NEAR_NOISES, Case, Inputs, make_inputs
+from test_build import LEVELS, on_linux, output_of, runnable_levels
 
 INFINITY = math.inf
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -1136,6 +1139,51 @@ def test_identity_12_bits_do_not_depend_on_threads_or_company(cell):
     for before, after in zip(usual[:3], list(answers())[:3], strict=True):
         assert torch.equal(after.value, before.value[order])
         assert torch.equal(after.gradient, before.gradient[order])
+
+
+def digest_of_every_cell() -> str:
+    """A hash of values, gradients and supports, with rows that are undefined in every way."""
+    digest = hashlib.sha256()
+
+    def add(*tensors):
+        for tensor in tensors:
+            digest.update(tensor.float().nan_to_num(nan=-7.0).contiguous().numpy().tobytes())
+
+    for dtype in DTYPES:
+        inputs = make_inputs("far", (12,), 1100, dtype)
+        inputs.student[0, 700] = inputs.teacher[1, 701] = math.nan
+        inputs.student[2, 702] = inputs.teacher[3, 703] = INFINITY
+        inputs.student[4], inputs.teacher[5] = -INFINITY, -INFINITY
+        inputs.student[6, ::2] = inputs.teacher[7, 1::2] = -INFINITY
+        ids = inputs.teacher[8:].float().topk(5).indices
+        ids = torch.cat([torch.arange(5).expand(8, 5), ids])
+        logprobs = -1.7 - torch.rand(12, 5, generator=inputs.generator)
+        logprobs[9, 3], ids[10, 2] = math.nan, -1
+        tail = torch.full((12,), -1.0)
+        tail[11] = math.nan
+        token = torch.full((12,), -9.0)
+        token[8] = math.nan
+        teacher = opdc.TopK(ids, logprobs, token_logprobs=token)
+        for k in (3, 40, 1000):
+            add(*opdc.topk(inputs.student, k)[:2], *opdc.topk(inputs.teacher.round(), k)[:2])
+        for cell in FEW:
+            results = [run(opdc, cell, inputs, support, 20) for support in SUPPORTS]
+            results.append(run(opdc, cell, inputs, "teacher+token", None, teacher))
+            lost = teacher._replace(token_logprobs=None, tail_logprob=tail)
+            results.append(run(opdc, cell, inputs, "teacher", None, lost))
+            for result in results:
+                add(result.value, result.gradient)
+    return digest.hexdigest()
+
+
+@on_linux
+@pytest.mark.parametrize("level", LEVELS)
+def test_hazard_29_every_instruction_set_gives_the_same_bits(level):
+    if level not in runnable_levels():
+        pytest.skip(f"this processor has no {level}")
+    script = "import sys; sys.path.insert(0, {!r}); import test_support as cells; "
+    script = script.format(str(Path(__file__).parent)) + "print(cells.digest_of_every_cell())"
+    assert output_of(script, OPDC_ISA=level) == digest_of_every_cell()
 
 
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell.is_divergence], ids=str)

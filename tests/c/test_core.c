@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "../../csrc/dtypes.h"
+#include "../../csrc/select.h"
 #include "opdc.h"
 
 static int failures;
@@ -75,21 +76,81 @@ static DLTensor *shaped(tensor *out, void *data, DLDataType type, int axes, int6
 }
 
 enum { ROWS = 9, WIDEST = 5003 }; /* together enough work for more than one thread */
+enum { SLOTS = 64, INACTIVE = 2, PREFIX_ROW = 5 };
+
+/* A method with its options. */
+typedef struct variant {
+  const char *method;
+  opdc_support support;
+  opdc_normalize normalize;
+  opdc_region region;
+  opdc_outlier outlier;
+  int64_t k;
+  int id_bytes; /* of a teacher that is known on k ids; 0: its logits are given */
+  int given;    /* what else is, of these: */
+} variant;
+enum { TOKEN_LOGPROBS = 1, ENTROPIES = 2, TAILS = 4, OLD = 8, PREFIX = 16, UNIFORMS = 32 };
+
+static variant variants[200];
+static int variant_count;
+
+/* A model as the textbook sees it. */
+typedef struct model {
+  long double *logprobs, *probabilities, entropy[ROWS];
+  candidate *order; /* the ids of each row, the largest first */
+} model;
+enum { STUDENT, TEACHER, SENT }; /* the last: the teacher's log-probs rounded to float32 */
 
 /* One call with all its buffers. */
 typedef struct problem {
   int64_t width, stride;
   dtype student_type, teacher_type;
   char *student, *teacher, *gradient;
-  double value[ROWS], upstream[ROWS], rows[ROWS * OPDC_ROW], metrics[64], settings[OPDC_SETTINGS];
-  int64_t tokens[ROWS];
-  uint8_t mask[ROWS];
+  model models[3];
+  opdc_settings settings;
+  double value[ROWS], upstream[ROWS], rows[ROWS * OPDC_ROW], metrics[64];
+  double token_logprobs[ROWS], entropies[ROWS], tails[ROWS], old[ROWS], uniforms[ROWS];
+  int64_t tokens[ROWS], ids[ROWS * SLOTS];
+  int32_t narrow_ids[ROWS * SLOTS];
+  float slot_logprobs[ROWS * SLOTS];
+  uint8_t mask[ROWS], prefix[ROWS];
 } problem;
 
 static void *buffer(int64_t elements) {
-  void *data = calloc((size_t)elements, 8);
+  void *data = calloc((size_t)elements, 16);
   if (!data) exit(1);
   return data;
+}
+
+static int by_rank(const void *a, const void *b) {
+  const candidate *left = a, *right = b;
+  if (left->value != right->value) return left->value > right->value ? -1 : 1;
+  return (left->id > right->id) - (left->id < right->id);
+}
+
+static void describe(problem *p, int which, const char *logits, dtype type) {
+  model *to = &p->models[which];
+  to->logprobs = buffer(ROWS * p->width);
+  to->probabilities = buffer(ROWS * p->width);
+  to->order = buffer(ROWS * p->width);
+  for (int64_t row = 0; row < ROWS; row++) {
+    long double *x = to->logprobs + row * p->width, sum = 0, largest;
+    candidate *order = to->order + row * p->width;
+    for (int64_t j = 0; j < p->width; j++) {
+      order[j] = (candidate){load_element(logits, type, row * p->stride + j), j};
+      x[j] = (long double)order[j].value / (long double)p->settings.temperature;
+    }
+    qsort(order, (size_t)p->width, sizeof *order, by_rank);
+    largest = x[order[0].id];
+    for (int64_t j = 0; j < p->width; j++) sum += expl(x[j] - largest);
+    for (int64_t j = 0; j < p->width; j++) {
+      long double *probability = &to->probabilities[row * p->width + j];
+      x[j] -= largest + logl(sum);
+      if (which == SENT) x[j] = (float)x[j];
+      *probability = expl(x[j]);
+      if (*probability > 0) to->entropy[row] -= *probability * x[j];
+    }
+  }
 }
 
 static problem make(int64_t width, dtype student_type, dtype teacher_type, double spread,
@@ -97,9 +158,16 @@ static problem make(int64_t width, dtype student_type, dtype teacher_type, doubl
   problem p = {.width = width,
                .stride = width + 3,
                .student_type = student_type,
-               .teacher_type = teacher_type};
-  const double settings[OPDC_SETTINGS] = {0.8, 0.3, INFINITY, INFINITY, 0, 1, NAN};
-  memcpy(p.settings, settings, sizeof settings);
+               .teacher_type = teacher_type,
+               .settings = {.temperature = 0.8,
+                            .mixture = 0.3,
+                            .clip_low = 0.2,
+                            .clip_high = 0.3,
+                            .reward_scale = 1,
+                            .forward_weight = 0.7,
+                            .prefix_weight = 0.5,
+                            .keep = 0.4,
+                            .num_items = NAN}};
   p.student = buffer(ROWS * p.stride);
   p.teacher = buffer(ROWS * p.stride);
   p.gradient = buffer(ROWS * p.stride);
@@ -112,111 +180,314 @@ static problem make(int64_t width, dtype student_type, dtype teacher_type, doubl
     }
     p.tokens[row] = (row * 97) % width;
     if (with_infinity && p.tokens[row] % 7 == 3) p.tokens[row] = 0;
-    p.mask[row] = row != 2;
-    p.upstream[row] = 1 + (double)row / 4;
+    p.mask[row] = row != INACTIVE;
+    p.prefix[row] = row == PREFIX_ROW;
+    p.upstream[row] = row % 2 ? -1 : 1;
+    p.uniforms[row] = uniform();
   }
+  describe(&p, STUDENT, p.student, student_type);
+  describe(&p, TEACHER, p.teacher, teacher_type);
+  describe(&p, SENT, p.teacher, teacher_type);
+  for (int64_t row = 0; row < ROWS; row++) {
+    const int64_t y = row * width + p.tokens[row];
+    p.old[row] = (float)(p.models[STUDENT].logprobs[y] + (long double)(0.3 * normal()));
+    p.token_logprobs[row] = (float)p.models[SENT].logprobs[y];
+    p.entropies[row] = (float)p.models[SENT].entropy[row];
+  }
+  p.uniforms[INACTIVE] = p.old[INACTIVE] = p.token_logprobs[INACTIVE] = NAN;
+  p.uniforms[PREFIX_ROW] = 2; /* to be read unless there is a prefix */
   return p;
 }
 
 static void release(problem *p) {
+  for (int i = 0; i < 3; i++) {
+    free(p->models[i].logprobs);
+    free(p->models[i].probabilities);
+    free(p->models[i].order);
+  }
   free(p->student);
   free(p->teacher);
   free(p->gradient);
 }
 
-static opdc_status run(problem *p, const char *method, opdc_reduction reduction, int threads,
-                       char *gradient, opdc_error *error) {
-  const int per_position = reduction == OPDC_NONE;
-  const int alone = strcmp(method, "token_logprobs") == 0 || strcmp(method, "entropy") == 0;
-  const int is_double = p->student_type == dtype_f64 || (!alone && p->teacher_type == dtype_f64);
-  tensor student, teacher, tokens, mask, settings, value, out, rows, metrics;
-  const opdc_call call = {
-      .method = opdc_method_of(method),
-      .student = shaped(&student, p->student, types[p->student_type], 2, ROWS, p->width, p->stride),
-      .teacher = shaped(&teacher, p->teacher, types[p->teacher_type], 2, ROWS, p->width, p->stride),
-      .tokens = shaped(&tokens, p->tokens, (DLDataType){kDLInt, 64, 1}, 1, ROWS, 0, 1),
-      .mask = shaped(&mask, p->mask, (DLDataType){kDLBool, 8, 1}, 1, ROWS, 0, 1),
-      .settings = shaped(&settings, p->settings, types[dtype_f64], 1, OPDC_SETTINGS, 0, 1),
+/* What depends on the variant: thresholds that divide the rows, and the ids that a sparse teacher
+ * sends; garbage where nothing is to be read. */
+static void adapt(problem *p, const variant *how) {
+  const model *sent = &p->models[SENT];
+  p->settings.threshold = strcmp(how->method, "aopd") == 0 ? 0 : -0.5;
+  p->settings.entropy_threshold = strcmp(how->method, "eopd") == 0
+                                      ? (double)(float)((sent->entropy[0] + sent->entropy[1]) / 2)
+                                      : NAN;
+  if (!(how->given & PREFIX)) p->uniforms[PREFIX_ROW] = 0.5;
+  for (int64_t row = 0; row < ROWS && how->id_bytes; row++) {
+    const candidate *order = sent->order + row * p->width;
+    const int unread = row == INACTIVE || (how->given & PREFIX && p->prefix[row]);
+    long double tail = 0;
+    for (int64_t rank = 0; rank < p->width; rank++) {
+      const int64_t slot = row * how->k + rank, at = row * p->width + order[rank].id;
+      const int missing = order[rank].value == -INFINITY || (rank == 1 && how->k > 2 && row % 3);
+      if (rank >= how->k || missing) tail += p->models[TEACHER].probabilities[at];
+      if (rank >= how->k) continue;
+      p->ids[slot] = unread ? p->width : missing ? -2 : order[rank].id;
+      p->narrow_ids[slot] = (int32_t)p->ids[slot];
+      p->slot_logprobs[slot] = unread || missing ? NAN : (float)sent->logprobs[at];
+    }
+    p->tails[row] = (float)logl(tail);
+  }
+}
+
+typedef struct arguments {
+  tensor student, teacher, tokens, mask, settings, ids, logprobs;
+  tensor token_logprobs, entropies, tails, old, prefix, uniforms, value, gradient, rows, metrics;
+  opdc_call call;
+  dtype type; /* of the arithmetic */
+} arguments;
+
+static void arguments_of(problem *p, const variant *how, opdc_reduction reduction, int threads,
+                         arguments *out) {
+  const DLDataType byte = {kDLBool, 8, 1}, number = types[dtype_f64];
+  const DLDataType id = {kDLInt, (uint8_t)(8 * how->id_bytes), 1};
+  const int alone = strcmp(how->method, "token_logprobs") == 0 ||
+                    strcmp(how->method, "entropy") == 0 || how->id_bytes;
+  out->type = p->student_type == dtype_f64 || (!alone && p->teacher_type == dtype_f64) ? dtype_f64
+                                                                                       : dtype_f32;
+  out->call = (opdc_call){
+      .method = opdc_method_of(how->method),
+      .student =
+          shaped(&out->student, p->student, types[p->student_type], 2, ROWS, p->width, p->stride),
+      .tokens = shaped(&out->tokens, p->tokens, (DLDataType){kDLInt, 64, 1}, 1, ROWS, 0, 1),
+      .mask = shaped(&out->mask, p->mask, byte, 1, ROWS, 0, 1),
+      .settings = shaped(&out->settings, &p->settings, number, 1, OPDC_SETTINGS, 0, 1),
       .reduction = reduction,
+      .support = how->support,
+      .normalize = how->normalize,
+      .region = how->region,
+      .outlier = how->outlier,
+      .k = how->k,
       .threads = threads};
-  double wide[ROWS];
-  float narrow[ROWS];
-  void *values = is_double ? (void *)wide : (void *)narrow;
-  const opdc_status status = opdc_loss(
-      &call,
-      shaped(&value, values, types[is_double ? dtype_f64 : dtype_f32], per_position, ROWS, 0, 1),
-      gradient ? shaped(&out, gradient, types[p->student_type], 2, ROWS, p->width, p->stride)
-               : NULL,
-      shaped(&rows, p->rows, types[dtype_f64], 2, ROWS, OPDC_ROW, OPDC_ROW),
-      shaped(&metrics, p->metrics, types[dtype_f64], 1, opdc_metric_count(), 0, 1), error);
-  for (int i = 0; i < (per_position ? ROWS : 1) && status == OPDC_OK; i++)
-    p->value[i] = is_double ? wide[i] : (double)narrow[i];
+  if (how->id_bytes) {
+    void *ids = how->id_bytes == 8 ? (void *)p->ids : (void *)p->narrow_ids;
+    out->call.slot_ids = shaped(&out->ids, ids, id, 2, ROWS, how->k, how->k);
+    out->call.slot_logprobs =
+        shaped(&out->logprobs, p->slot_logprobs, types[dtype_f32], 2, ROWS, how->k, how->k);
+  } else {
+    out->call.teacher =
+        shaped(&out->teacher, p->teacher, types[p->teacher_type], 2, ROWS, p->width, p->stride);
+  }
+#define GIVE(argument, name, bit, type)                                                            \
+  if (how->given & (bit)) out->call.argument = shaped(&out->name, p->name, type, 1, ROWS, 0, 1)
+  GIVE(teacher_logprobs, token_logprobs, TOKEN_LOGPROBS, number);
+  GIVE(teacher_entropy, entropies, ENTROPIES, number);
+  GIVE(tail_logprobs, tails, TAILS, number);
+  GIVE(old_logprobs, old, OLD, number);
+  GIVE(uniforms, uniforms, UNIFORMS, number);
+  GIVE(prefix_mask, prefix, PREFIX, byte);
+#undef GIVE
+  shaped(&out->rows, p->rows, number, 2, ROWS, OPDC_ROW, OPDC_ROW);
+  shaped(&out->metrics, p->metrics, number, 1, opdc_metric_count(), 0, 1);
+}
+
+static const DLTensor *gradient_of(problem *p, char *gradient, arguments *at) {
+  if (!gradient) return NULL;
+  return shaped(&at->gradient, gradient, types[p->student_type], 2, ROWS, p->width, p->stride);
+}
+
+/* Metrics are asked for with one thread only: they must change nothing else. */
+static opdc_status run(problem *p, const variant *how, opdc_reduction reduction, int threads,
+                       char *gradient, opdc_error *error) {
+  const int count = reduction == OPDC_NONE ? ROWS : 1;
+  arguments at;
+  char values[8 * ROWS];
+  opdc_status status;
+  arguments_of(p, how, reduction, threads, &at);
+  for (int i = 0; i < count; i++) store_element(values, at.type, i, p->value[i]);
+  status = opdc_loss(
+      &at.call, shaped(&at.value, values, types[at.type], reduction == OPDC_NONE, ROWS, 0, 1),
+      gradient_of(p, gradient, &at), &at.rows.dl, threads == 1 ? &at.metrics.dl : NULL, error);
+  for (int i = 0; i < count; i++) p->value[i] = load_element(values, at.type, i);
   return status;
+}
+
+/* From the rows of the last run. */
+static opdc_status run_gradient(problem *p, const variant *how, char *gradient, opdc_error *error) {
+  arguments at;
+  arguments_of(p, how, OPDC_NONE, 4, &at);
+  return opdc_gradient(&at.call, &at.rows.dl,
+                       shaped(&at.value, p->upstream, types[dtype_f64], 1, ROWS, 0, 1),
+                       gradient_of(p, gradient, &at), error);
 }
 
 /* --- The reference: the formulas as a textbook writes them, in long double ------------------- */
 
-static long double *log_softmax(const char *logits, dtype type, int64_t row, const problem *p) {
-  long double *out = malloc((size_t)p->width * sizeof *out), largest = -INFINITY, sum = 0;
-  if (!out) exit(1);
-  for (int64_t j = 0; j < p->width; j++) {
-    out[j] =
-        (long double)load_element(logits, type, row * p->stride + j) / (long double)p->settings[0];
-    if (out[j] > largest) largest = out[j];
+/* What an id adds to a divergence, and u = d value / d s. */
+static long double element(const char *rule, long double s, long double t, long double beta,
+                           long double *u) {
+  const long double P = expl(s), Q = expl(t);
+  long double mixture;
+  *u = 0;
+  if (P == 0 && Q == 0) return 0;
+  if (strcmp(rule, "reverse_kl") == 0) {
+    *u = P * (s - t + 1);
+    return P * (s - t);
   }
-  for (int64_t j = 0; j < p->width; j++) sum += expl(out[j] - largest);
-  for (int64_t j = 0; j < p->width; j++) out[j] -= largest + logl(sum);
-  return out;
+  if (strcmp(rule, "entropy") == 0) {
+    *u = -P * (s + 1);
+    return -P * s;
+  }
+  if (strcmp(rule, "jsd") == 0) {
+    mixture = logl(beta * Q + (1 - beta) * P);
+    *u = P > 0 ? (1 - beta) * P * (s - mixture) : 0;
+    return *u + (Q > 0 ? beta * Q * (t - mixture) : 0);
+  }
+  if (strcmp(rule, "skew_forward") == 0) {
+    mixture = beta * Q + (1 - beta) * P;
+    *u = -(1 - beta) * Q * P / mixture;
+    return Q * (t - logl(mixture));
+  }
+  if (strcmp(rule, "skew_reverse") == 0) {
+    mixture = (1 - beta) * Q + beta * P;
+    *u = P * (s - logl(mixture) + 1 - beta * P / mixture);
+    return P * (s - logl(mixture));
+  }
+  *u = -Q; /* forward */
+  return Q * (t - s);
 }
 
-/* The loss of a row, and u = d loss / d s into `derivative`. */
-static long double textbook(const char *method, const long double *s, const long double *t,
-                            const problem *p, int64_t row, long double *derivative) {
-  const long double beta = (long double)p->settings[1];
+static const model *teacher_of(const problem *p, const variant *how) {
+  return &p->models[how->id_bytes ? SENT : TEACHER];
+}
+
+/* Marks the support of a row. */
+static void choose(const problem *p, const variant *how, int64_t row, char *chosen) {
+  const model *ranking = &p->models[how->support == OPDC_STUDENT ? STUDENT : TEACHER];
+  const candidate *order = ranking->order + row * p->width;
   const int64_t y = p->tokens[row];
-  const long double R = t[y] - s[y];
-  long double loss = 0;
+  memset(chosen, how->support == OPDC_FULL, (size_t)p->width);
+  for (int64_t i = 0; i < how->k && how->support != OPDC_FULL; i++) {
+    const int64_t id = how->id_bytes ? p->ids[row * how->k + i] : order[i].id;
+    if (how->id_bytes ? id >= 0 : order[i].value > -INFINITY) chosen[id] = 1;
+  }
+  if (how->support == OPDC_TEACHER_TOKEN &&
+      p->models[TEACHER].probabilities[row * p->width + y] > 0)
+    chosen[y] = 1;
+}
+
+/* A divergence on its support, and u of every id of the vocabulary. */
+static long double divergence(const problem *p, const variant *how, int64_t row, long double *u) {
+  const model *student = &p->models[STUDENT], *teacher = teacher_of(p, how);
+  const long double *s = student->logprobs + row * p->width,
+                    *t = teacher->logprobs + row * p->width;
+  const long double *probability = student->probabilities + row * p->width;
+  const long double beta = (long double)p->settings.mixture;
+  const int both = how->normalize == OPDC_BOTH, generalized = how->normalize == OPDC_GENERALIZED;
+  long double P = 0, Q = 0, P_off = 0, Q_off = 0, value = 0, sum = 0, p_log = 0, q_log = 0;
+  char *chosen = buffer(p->width);
+  choose(p, how, row, chosen);
   for (int64_t j = 0; j < p->width; j++) {
-    const long double P = expl(s[j]), Q = expl(t[j]);
-    long double mixture;
-    derivative[j] = 0;
-    if (P == 0 && Q == 0) continue;
-    if (strcmp(method, "reverse_kl") == 0) {
-      loss += P * (s[j] - t[j]);
-      derivative[j] = P * (s[j] - t[j] + 1);
-    } else if (strcmp(method, "forward_kl") == 0) {
-      loss += Q * (t[j] - s[j]);
-      derivative[j] = -Q;
-    } else if (strcmp(method, "entropy") == 0) {
-      loss -= P * s[j];
-      derivative[j] = -P * (s[j] + 1);
-    } else if (strcmp(method, "jsd") == 0) {
-      mixture = logl(beta * Q + (1 - beta) * P);
-      loss += beta * Q * (t[j] - mixture) + (1 - beta) * P * (s[j] - mixture);
-      derivative[j] = (1 - beta) * P * (s[j] - mixture);
-    } else if (strcmp(method, "skew_forward") == 0) {
-      mixture = beta * Q + (1 - beta) * P;
-      loss += Q * (t[j] - logl(mixture));
-      derivative[j] = -(1 - beta) * Q * P / mixture;
-    } else if (strcmp(method, "skew_reverse") == 0) {
-      mixture = (1 - beta) * Q + beta * P;
-      loss += P * (s[j] - logl(mixture));
-      derivative[j] = P * (s[j] - logl(mixture) + 1 - beta * P / mixture);
+    const long double q = teacher->probabilities[row * p->width + j];
+    *(chosen[j] ? &P : &P_off) += probability[j];
+    *(chosen[j] ? &Q : &Q_off) += q;
+  }
+  if (both) p_log = logl(P);
+  if (both || how->normalize == OPDC_BY_TEACHER) q_log = logl(Q);
+  for (int64_t j = 0; j < p->width; j++) {
+    u[j] = 0;
+    if (!chosen[j]) continue;
+    value += element(how->method, s[j] - p_log, t[j] - q_log, beta, &u[j]);
+    if (generalized) {
+      value += expl(t[j]) - probability[j];
+      u[j] -= probability[j];
     }
+    sum += u[j];
   }
+  for (int64_t j = 0; both && j < p->width; j++)
+    if (chosen[j]) u[j] -= probability[j] / P * sum;
+  if (how->normalize == OPDC_TAIL) {
+    const long double t_tail = how->given & TAILS ? (long double)p->tails[row]
+                               : how->id_bytes    ? log1pl(-Q)
+                                                  : logl(Q_off);
+    long double u_tail;
+    value += element(how->method, logl(P_off), t_tail, beta, &u_tail);
+    for (int64_t j = 0; j < p->width; j++)
+      if (!chosen[j] && probability[j] > 0) u[j] = u_tail * probability[j] / P_off;
+  }
+  free(chosen);
+  return value;
+}
+
+/* max(-A rho, -A clip(rho)), flat where clipped. */
+static long double policy(const problem *p, const variant *how, int64_t row, long double s,
+                          long double A, long double weight, long double *u) {
+  const long double rho = how->given & OLD ? expl(s - (long double)p->old[row]) : 1;
+  const long double low = 1 - (long double)p->settings.clip_low,
+                    high = 1 + (long double)p->settings.clip_high;
+  const long double plain = -A * rho, clipped = -A * fminl(fmaxl(rho, low), high);
+  if (weight == 0) return 0;
+  if (plain >= clipped) *u += weight * plain;
+  return weight * fmaxl(plain, clipped);
+}
+
+/* Whether fewer active rows have more entropy than the refinement keeps. */
+static int is_kept(const problem *p, int64_t row) {
+  const long double *entropy = p->models[STUDENT].entropy;
+  int above = 0;
+  for (int64_t i = 0; i < ROWS; i++) above += p->mask[i] && entropy[i] > entropy[row];
+  return above < (int)ceil(p->settings.keep * (ROWS - 1));
+}
+
+/* The loss of a row, and u = d loss / d s. */
+static long double textbook(const problem *p, const variant *how, int64_t row, long double *u) {
+  const char *method = how->method;
+  const opdc_settings *at = &p->settings;
+  const int64_t y = p->tokens[row], place = row * p->width + y;
+  const long double s = p->models[STUDENT].logprobs[place], t = teacher_of(p, how)->logprobs[place],
+                    R = t - s;
+  long double A = how->given & OLD ? t - (long double)p->old[row] : R, lifted = A, loss = 0;
+  long double a = 0, b = 0, c = 0; /* weights: divergence, policy, policy with the lifted A */
+  memset(u, 0, (size_t)p->width * sizeof *u);
   if (strcmp(method, "k1") == 0) {
-    derivative[y] = loss = -R;
+    b = 1;
   } else if (strcmp(method, "k2") == 0) {
-    loss = R * R / 2;
-    derivative[y] = -R;
+    u[y] = -R;
+    return R * R / 2;
   } else if (strcmp(method, "k3") == 0) {
-    loss = expm1l(R) - R;
-    derivative[y] = -expm1l(R);
+    u[y] = -expm1l(R);
+    return expm1l(R) - R;
   } else if (strcmp(method, "token_logprobs") == 0) {
-    loss = s[y];
-    derivative[y] = 1;
+    u[y] = 1;
+    return s;
+  } else if (strcmp(method, "tropd") == 0) {
+    const long double trust = fminl(expl(A), 1), threshold = (long double)at->threshold;
+    if (how->given & PREFIX && p->prefix[row]) {
+      u[y] = -(long double)at->prefix_weight;
+      return u[y] * s;
+    }
+    b = how->region == OPDC_SAMPLED    ? (long double)p->uniforms[row] < trust
+        : how->region == OPDC_EXPECTED ? trust
+                                       : A >= threshold;
+    a = how->outlier == OPDC_OUTLIER_FORWARD_KL ? 1 - b : 0;
+    c = how->outlier == OPDC_OUTLIER_CLIP ? 1 - b : 0;
+    lifted = fmaxl(A, threshold);
+  } else if (strcmp(method, "eopd") == 0) {
+    b = 1;
+    a = teacher_of(p, how)->entropy[row] > (long double)at->entropy_threshold
+            ? (long double)at->forward_weight
+            : 0;
+  } else if (strcmp(method, "aopd") == 0) {
+    a = expl(t) - expl(s) <= (long double)at->threshold;
+    b = 1 - a;
+    A = R;
+  } else if (strncmp(method, "reopold", 7) == 0) {
+    const long double n = (long double)at->mixture, floor = logl(n) / (1 - n);
+    b = strcmp(method, "reopold_refinement") == 0 ? is_kept(p, row) : R >= floor;
+    A = fmaxl(R, floor);
+  } else {
+    a = 1;
   }
-  return loss;
+  if (a != 0) loss = a * divergence(p, how, row, u);
+  for (int64_t j = 0; j < p->width && a != 1; j++) u[j] *= a;
+  loss += policy(p, how, row, s, A, b, &u[y]);
+  return loss + policy(p, how, row, s, lifted, c, &u[y]);
 }
 
 /* What one rounding to the type may cost, relative to an element. */
@@ -224,27 +495,35 @@ static long double rounding_of(dtype type) {
   return type == dtype_bf16 ? 0x1p-8L : type == dtype_f16 ? 0x1p-11L : 0;
 }
 
-static void test_against_textbook(const char *method, const problem *p, long double tolerance) {
-  /* R is a difference of logits of size 1 less its mean: a rounding of those, not of R, is what
-   * can be asked for. */
-  const long double slack = method[0] == 'k' ? 3e-7L : 0;
-  long double *derivative = malloc((size_t)p->width * sizeof *derivative);
-  if (!derivative) exit(1);
+/* Where the terms of a loss cancel, a rounding of the terms is what can be asked for: R is a
+ * difference of logits of size 1 less its mean; only on a set of ids whose masses sum to 1 in both
+ * models are there no negative terms. */
+static long double slack_of(const variant *how) {
+  const int of_tokens = how->method[0] == 'k' || strcmp(how->method, "tropd") == 0 ||
+                        strstr(how->method, "opd") != NULL || strstr(how->method, "opold") != NULL;
+  const int closed = how->support == OPDC_FULL || how->normalize == OPDC_BOTH ||
+                     (how->normalize == OPDC_TAIL && !how->id_bytes);
+  return of_tokens || !closed ? 4e-7L : 0;
+}
+
+static void test_against_textbook(const variant *how, const problem *p, const char *name,
+                                  long double tolerance) {
+  const long double slack = slack_of(how);
+  long double *u = buffer(p->width);
   for (int64_t row = 0; row < ROWS; row++) {
-    long double *s, *t, total = 0, error = 0, size = 0, loss;
+    const long double *probability = p->models[STUDENT].probabilities + row * p->width;
+    long double total = 0, error = 0, size = 0, loss;
     if (!p->mask[row]) {
-      CHECK(p->value[row] == 0, "%s: loss of an inactive row", method);
+      CHECK(p->value[row] == 0, "%s: loss of an inactive row", name);
       for (int64_t j = 0; j < p->width; j++)
         CHECK(load_element(p->gradient, p->student_type, row * p->stride + j) == 0,
-              "%s: gradient of an inactive row", method);
+              "%s: gradient of an inactive row", name);
       continue;
     }
-    s = log_softmax(p->student, p->student_type, row, p);
-    t = log_softmax(p->teacher, p->teacher_type, row, p);
-    loss = textbook(method, s, t, p, row, derivative);
-    for (int64_t j = 0; j < p->width; j++) total += derivative[j];
+    loss = textbook(p, how, row, u);
+    for (int64_t j = 0; j < p->width; j++) total += u[j];
     for (int64_t j = 0; j < p->width; j++) {
-      const long double g = (derivative[j] - expl(s[j]) * total) / (long double)p->settings[0];
+      const long double g = (u[j] - probability[j] * total) / (long double)p->settings.temperature;
       long double off =
           fabsl((long double)load_element(p->gradient, p->student_type, row * p->stride + j) - g);
       off -=
@@ -254,14 +533,12 @@ static void test_against_textbook(const char *method, const problem *p, long dou
     }
     CHECK(fabsl((long double)p->value[row] - loss) <=
               tolerance * fabsl(loss) + slack * (1 + fabsl(total)) + 1e-18L,
-          "%s, width %lld: loss %g, want %Lg", method, (long long)p->width, p->value[row], loss);
+          "%s, row %d: loss %.9g, want %.9Lg", name, (int)row, p->value[row], loss);
     size = tolerance * sqrtl(size) + slack * 2 * (1 + fabsl(total));
-    CHECK(sqrtl(error) <= size, "%s, width %lld: gradient off by %Lg, allowed %Lg", method,
-          (long long)p->width, sqrtl(error), size);
-    free(s);
-    free(t);
+    CHECK(sqrtl(error) <= size, "%s, row %d: gradient off by %Lg, allowed %Lg", name, (int)row,
+          sqrtl(error), size);
   }
-  free(derivative);
+  free(u);
 }
 
 /* --- The tests ------------------------------------------------------------------------------ */
@@ -270,85 +547,315 @@ static size_t gradient_bytes(const problem *p) {
   return (size_t)(ROWS * p->stride * dtype_bytes(p->student_type));
 }
 
-static void test_problem(problem *p, const char *method, long double tolerance) {
+static double gradient_at(const problem *p, const char *gradient, int64_t row, int64_t j) {
+  return load_element(gradient, p->student_type, row * p->stride + j);
+}
+
+static void test_same_gradient(const problem *p, const char *gradient, const char *name,
+                               const char *when) {
+  for (int64_t row = 0; row < ROWS; row++) {
+    const int64_t start = row * p->stride * dtype_bytes(p->student_type);
+    CHECK(memcmp(gradient + start, p->gradient + start,
+                 (size_t)(p->width * dtype_bytes(p->student_type))) == 0,
+          "%s: gradient %s, row %d", name, when, (int)row);
+  }
+}
+
+static void test_variant(problem *p, const variant *how, long double tolerance) {
   opdc_error error;
-  char *copy = buffer(ROWS * p->stride), *original = buffer(ROWS * p->stride);
-  double value[ROWS];
-  opdc_status status = run(p, method, OPDC_NONE, 1, p->gradient, &error);
-  CHECK(status == OPDC_OK, "%s: %s", method, error.message);
-  test_against_textbook(method, p, tolerance);
+  char *other = buffer(ROWS * p->stride), name[160];
+  double value[ROWS], sum = 0, count = 0;
+  opdc_status status;
+  snprintf(name, sizeof name,
+           "%s, support %d, normalize %d, region %d, outlier %d, k %lld, id bytes %d, given %d, "
+           "width %lld, types %d %d",
+           how->method, (int)how->support, (int)how->normalize, (int)how->region, (int)how->outlier,
+           (long long)how->k, how->id_bytes, how->given, (long long)p->width, (int)p->student_type,
+           (int)p->teacher_type);
+  adapt(p, how);
+  status = run(p, how, OPDC_NONE, 1, p->gradient, &error);
+  CHECK(status == OPDC_OK, "%s: %s", name, error.message);
+  test_against_textbook(how, p, name, tolerance);
   memcpy(value, p->value, sizeof value);
   for (int64_t row = 0; row < ROWS; row++) {
-    add_to_hash(p->value[row]);
+    add_to_hash(value[row]);
     for (int64_t j = 0; j < p->width; j++) {
-      const double g = load_element(p->gradient, p->student_type, row * p->stride + j);
+      const double g = gradient_at(p, p->gradient, row, j);
       /* without the denormals of float16: emulators of the conversion differ on their ties */
       if (p->student_type != dtype_f16 || fabs(g) >= 0x1p-14) add_to_hash(g);
     }
   }
-  for (int threads = 2; threads <= 4; threads += 2) { /* the same bits for any number of threads */
-    run(p, method, OPDC_NONE, threads, copy, &error);
-    CHECK(memcmp(value, p->value, sizeof value) == 0, "%s: values with %d threads", method,
-          threads);
-    for (int64_t row = 0; row < ROWS; row++)
-      CHECK(memcmp(copy + row * p->stride * dtype_bytes(p->student_type),
-                   p->gradient + row * p->stride * dtype_bytes(p->student_type),
-                   (size_t)(p->width * dtype_bytes(p->student_type))) == 0,
-            "%s: gradient with %d threads", method, threads);
+  for (int i = 0; i < opdc_metric_count(); i++) {
+    add_to_hash(p->metrics[i]);
+    if (strcmp(opdc_metric_name(i), "selected") == 0) count = p->metrics[i];
   }
-  memcpy(original, p->student, gradient_bytes(p)); /* and in place */
-  run(p, method, OPDC_NONE, 1, p->student, &error);
+
+  run(p, how, OPDC_NONE, 4, other, &error); /* the same bits for any number of threads */
+  CHECK(memcmp(value, p->value, sizeof value) == 0, "%s: values with 4 threads", name);
+  test_same_gradient(p, other, name, "with 4 threads");
+  status = run_gradient(p, how, other, &error);
+  CHECK(status == OPDC_OK, "%s: %s", name, error.message);
   for (int64_t row = 0; row < ROWS; row++)
-    CHECK(memcmp(p->student + row * p->stride * dtype_bytes(p->student_type),
-                 p->gradient + row * p->stride * dtype_bytes(p->student_type),
-                 (size_t)(p->width * dtype_bytes(p->student_type))) == 0,
-          "%s: gradient in place", method);
-  memcpy(p->student, original, gradient_bytes(p));
-  free(copy);
-  free(original);
+    for (int64_t j = 0; j < p->width; j++)
+      CHECK(gradient_at(p, other, row, j) == p->upstream[row] * gradient_at(p, p->gradient, row, j),
+            "%s: gradient from the rows, row %d, id %d", name, (int)row, (int)j);
+  memcpy(other, p->student, gradient_bytes(p)); /* and in place */
+  run(p, how, OPDC_NONE, 1, p->student, &error);
+  test_same_gradient(p, p->student, name, "in place");
+  memcpy(p->student, other, gradient_bytes(p));
+
+  for (int64_t row = 0; row < ROWS; row++) sum += value[row];
+  if (strncmp(how->method, "reopold", 7) != 0) count = ROWS - 1;
+  run(p, how, OPDC_MEAN, 1, NULL, &error);
+  CHECK(fabs(p->value[0] - (count > 0 ? sum / count : 0)) <= 1e-6 * (1 + fabs(sum)),
+        "%s: mean %g of %g rows, want %g", name, p->value[0], count, sum / count);
+  free(other);
+}
+
+static void add_variant(variant how) { variants[variant_count++] = how; }
+
+static void list_variants(void) {
+  static const char *const divergences[] = {"reverse_kl", "forward_kl", "jsd"};
+  static const int64_t sizes[] = {1, 5, 16, 64, 2};
+  const int sent = TOKEN_LOGPROBS | ENTROPIES;
+  for (int i = 0; i < opdc_method_count(); i++) {
+    const char *method = opdc_method_name(i);
+    if (strcmp(method, "tropd") != 0 && strcmp(method, "eopd") != 0 && strcmp(method, "aopd") != 0)
+      add_variant((variant){.method = method});
+  }
+  for (int i = 0; i < 3 * 3 * 5 * 3; i++) {
+    variant how = {.method = divergences[i % 3],
+                   .support = (opdc_support)(1 + i / 3 % 3),
+                   .normalize = (opdc_normalize)(i / 9 % 5),
+                   .id_bytes = i / 45 * 4,
+                   .k = sizes[variant_count % 5]};
+    if (how.normalize == OPDC_GENERALIZED && i % 3 != 0) continue;
+    if (i % 3 == 2 && how.normalize != OPDC_BOTH && how.normalize != OPDC_TAIL) continue;
+    if (how.id_bytes && how.support == OPDC_STUDENT) continue;
+    if (how.id_bytes)
+      how.given = sent | (how.id_bytes == 8 && how.support == OPDC_TEACHER ? TAILS : 0);
+    add_variant(how);
+  }
+  for (int i = 0; i < 3 * 3 * 2 * 2; i++)
+    add_variant((variant){.method = "tropd",
+                          .support = i % 4 ? OPDC_TEACHER : OPDC_TEACHER_TOKEN,
+                          .region = (opdc_region)(i % 3),
+                          .outlier = (opdc_outlier)(i / 3 % 3),
+                          .k = sizes[i % 5],
+                          .id_bytes = i / 18 * 8,
+                          .given = (i / 9 % 2 ? OLD | PREFIX : 0) | (i / 18 ? sent : 0) |
+                                   (i % 3 == OPDC_SAMPLED ? UNIFORMS : 0)});
+  for (int i = 0; i < 4; i++) {
+    const int given = (i % 2 ? OLD : 0) | (i / 2 ? sent : 0);
+    add_variant((variant){.method = "eopd",
+                          .support = OPDC_TEACHER,
+                          .normalize = OPDC_BY_TEACHER,
+                          .k = 16,
+                          .id_bytes = i / 2 * 4,
+                          .given = given});
+    add_variant((variant){
+        .method = "aopd", .support = OPDC_TEACHER, .k = 16, .id_bytes = i / 2 * 8, .given = given});
+  }
+  add_variant((variant){.method = "k1", .given = OLD});
+  add_variant((variant){.method = "reopold_exploration", .given = OLD});
+  add_variant((variant){.method = "reopold_refinement", .given = OLD});
+}
+
+/* As many ids as there are; a sparse teacher leaves one out, so that there is a tail. */
+static int fits(variant *how, int64_t width) {
+  const int64_t most = width - (how->id_bytes != 0);
+  if (how->support != OPDC_FULL && how->k > most) how->k = most;
+  return how->support == OPDC_FULL || how->k > (how->normalize == OPDC_BOTH);
 }
 
 static void test_values(void) {
   static const int64_t widths[] = {1, 2, 17, 1000, 1024, 1025, WIDEST};
-  for (int method = 0; method < opdc_method_count(); method++)
-    for (size_t i = 0; i < sizeof widths / sizeof widths[0]; i++) {
-      const dtype student = (dtype)((i + (size_t)method) % 4), teacher = (dtype)((i + 1) % 4);
-      problem same = make(widths[i], dtype_f32, dtype_f32, 2, 1, i % 2 == 1);
-      problem mixed = make(widths[i], student, teacher, 2, 1, i % 3 == 1);
-      test_problem(&same, opdc_method_name(method), 4e-6L);
-      test_problem(&mixed, opdc_method_name(method), 4e-6L);
-      release(&same);
-      release(&mixed);
+  for (int i = 0; i < 14; i++) {
+    const int64_t width = widths[i / 2];
+    problem p = make(width, i % 2 ? (dtype)(i / 2 % 4) : dtype_f32,
+                     i % 2 ? (dtype)((i / 2 + 1) % 4) : dtype_f32, 2, 1, i % 4 == 1 || i % 4 == 2);
+    for (int j = 0; j < variant_count; j++) {
+      variant how = variants[j];
+      if (how.support != OPDC_FULL && (i + j) % 3) continue;
+      if (fits(&how, width)) test_variant(&p, &how, 4e-6L);
     }
-}
-
-static void test_identical_models(void) {
-  static const char *const methods[] = {"reverse_kl",   "forward_kl", "jsd", "skew_forward",
-                                        "skew_reverse", "k1",         "k2",  "k3"};
-  for (size_t i = 0; i < sizeof methods / sizeof methods[0]; i++) {
-    problem p = make(1500, dtype_f32, dtype_f32, 3, 0, 0);
-    opdc_error error;
-    run(&p, methods[i], OPDC_NONE, 1, p.gradient, &error);
-    for (int64_t row = 0; row < ROWS; row++)
-      CHECK(p.value[row] == 0, "%s(x, x) = %g", methods[i], p.value[row]);
     release(&p);
   }
 }
 
+static void test_identical_models(void) {
+  problem p = make(1500, dtype_f32, dtype_f32, 3, 0, 0);
+  opdc_error error;
+  for (int i = 0; i < variant_count; i++) {
+    const variant *how = &variants[i];
+    if (how->id_bytes || how->given & (OLD | PREFIX) || how->normalize == OPDC_BY_TEACHER ||
+        strcmp(how->method, "token_logprobs") == 0 || strcmp(how->method, "entropy") == 0 ||
+        (how->normalize == OPDC_BOTH && how->k == 1))
+      continue;
+    adapt(&p, how);
+    CHECK(run(&p, how, OPDC_NONE, 1, p.gradient, &error) == OPDC_OK, "%s", error.message);
+    for (int64_t row = 0; row < ROWS; row++)
+      CHECK(p.value[row] == 0, "%s(x, x) = %g", how->method, p.value[row]);
+  }
+  release(&p);
+}
+
+/* The largest logits of the rows of a problem. */
+static void test_topk(void) {
+  static const int64_t widths[] = {1, 17, 1025, WIDEST}, sizes[] = {1, 5, 64, WIDEST};
+  for (int i = 0; i < 16; i++) {
+    const int64_t width = widths[i / 4], k = sizes[i % 4] < width ? sizes[i % 4] : width;
+    const dtype type = (dtype)((i + i / 4) % 4), result = type == dtype_f64 ? dtype_f64 : dtype_f32;
+    problem p = make(width, type, dtype_f32, 2, 1, i % 2);
+    const model *student = &p.models[STUDENT];
+    tensor logits, ids, logprobs;
+    opdc_error error;
+    int64_t *found[2] = {buffer(ROWS * k), buffer(ROWS * k)};
+    char *numbers[2] = {buffer(ROWS * k), buffer(ROWS * k)};
+    store_element(p.student, type, 3 * p.stride + width - 1, NAN);
+    for (int many = 0; many < 2; many++) {
+      const opdc_status status = opdc_topk(
+          shaped(&logits, p.student, types[type], 2, ROWS, width, p.stride), 0.8, 0,
+          shaped(&ids, found[many], (DLDataType){kDLInt, 64, 1}, 2, ROWS, k, k),
+          shaped(&logprobs, numbers[many], types[result], 2, ROWS, k, k), many ? 4 : 1, &error);
+      CHECK(status == OPDC_OK, "%s", error.message);
+    }
+    CHECK(memcmp(found[0], found[1], (size_t)(ROWS * k * 8)) == 0 &&
+              memcmp(numbers[0], numbers[1], (size_t)(ROWS * k * dtype_bytes(result))) == 0,
+          "top %d of %d with 4 threads", (int)k, (int)width);
+    for (int64_t j = 0; j < ROWS * k; j++) {
+      const candidate *want = &student->order[j / k * width + j % k];
+      const int64_t id = found[0][j];
+      const double x = load_element(numbers[0], result, j);
+      add_to_hash((double)id);
+      add_to_hash(x);
+      if (j / k == 3 || want->value == -INFINITY) {
+        CHECK(id == -1 && (j / k == 3 ? x != x : x == -INFINITY), "no id, and said %d", (int)id);
+      } else {
+        const long double s = student->logprobs[j / k * width + want->id];
+        CHECK(id == want->id, "top %d of %d: id %d, want %d", (int)k, (int)width, (int)id,
+              (int)want->id);
+        CHECK(fabsl((long double)x - s) <= 4e-7L * (1 - s), "log-prob %g, want %Lg", x, s);
+      }
+    }
+    for (int many = 0; many < 2; many++) {
+      free(found[many]);
+      free(numbers[many]);
+    }
+    release(&p);
+  }
+}
+
+/* Against a sort. */
+static void test_take_largest(void) {
+  for (int64_t count = 1; count <= 400; count += 1 + count / 2)
+    for (int64_t i = 0; i < 4; i++) {
+      const int64_t k = (int64_t[]){1, count / 2, count, count + 3}[i],
+                    kept = k < count ? k : count;
+      candidate *all = buffer(count), *sorted = buffer(count);
+      for (int64_t j = 0; j < count; j++) /* ids in no order, values with ties and -inf */
+        all[j] = (candidate){j % 11 ? floor(6 * uniform()) : -INFINITY, j * 401 % 1009};
+      memcpy(sorted, all, (size_t)count * sizeof *all);
+      qsort(sorted, (size_t)count, sizeof *sorted, by_rank);
+      take_largest(all, count, k);
+      for (int64_t j = 0; j < kept; j++) {
+        CHECK(all[j].id == sorted[j].id && all[j].value == sorted[j].value,
+              "%d of %d: place %d has id %d, want %d", (int)k, (int)count, (int)j, (int)all[j].id,
+              (int)sorted[j].id);
+        add_to_hash((double)all[j].id);
+      }
+      qsort(all, (size_t)count, sizeof *all, by_rank);
+      for (int64_t j = 0; j < count; j++) CHECK(all[j].id == sorted[j].id, "an id is lost");
+      free(all);
+      free(sorted);
+    }
+}
+
+/* Sequences of the drift gate. */
+enum { SEQUENCES = 3, LENGTH = 150 };
+
+static opdc_status drift_gate(double *now, double *old, uint8_t *mask, int64_t block, double kappa,
+                              dtype type, void *weights, opdc_error *error) {
+  tensor a, b, c, d;
+  return opdc_drift_gate(
+      shaped(&a, now, types[dtype_f64], 2, SEQUENCES, LENGTH, LENGTH),
+      shaped(&b, old, types[dtype_f64], 2, SEQUENCES, LENGTH, LENGTH),
+      mask ? shaped(&c, mask, (DLDataType){kDLBool, 8, 1}, 2, SEQUENCES, LENGTH, LENGTH) : NULL,
+      block, kappa, shaped(&d, weights, types[type], 2, SEQUENCES, LENGTH, LENGTH), error);
+}
+
+static void test_drift_gate(void) {
+  static const int64_t blocks[] = {1, 64, 1000};
+  enum { COUNT = SEQUENCES * LENGTH };
+  double now[COUNT], old[COUNT], weights[COUNT];
+  uint8_t mask[COUNT];
+  opdc_error error;
+  for (int i = 0; i < COUNT; i++) { /* the first sequence starts late, the last is empty */
+    mask[i] = i >= LENGTH || i > 40 ? i < 2 * LENGTH && i % 5 != 2 : 0;
+    now[i] = mask[i] ? normal() : NAN;
+    old[i] = mask[i] ? now[i] + normal() : NAN;
+  }
+  for (int i = 0; i < 12; i++) {
+    const int64_t block = blocks[i % 3];
+    const double kappa = i / 3 % 2 ? 1 : 0.25;
+    const dtype type = i / 6 ? dtype_f32 : dtype_f64;
+    long double gates[COUNT] = {0}, total = 0, count = 0;
+    CHECK(drift_gate(now, old, mask, block, kappa, type, weights, &error) == OPDC_OK, "%s",
+          error.message);
+    for (int start = 0; start < COUNT; start += LENGTH) {
+      int first = start;
+      while (first < start + LENGTH && !mask[first]) first++;
+      for (int64_t j = first; j < start + LENGTH; j++) { /* every position finds its own block */
+        const int64_t from = first + (j - first) / block * block;
+        long double drift = 0, here = 0;
+        for (int64_t u = from; u < from + block && u < start + LENGTH; u++)
+          if (mask[u]) {
+            drift += (long double)now[u] - (long double)old[u];
+            here += 1;
+          }
+        if (!mask[j]) continue;
+        gates[j] = expl(-(long double)kappa * fabsl(drift / here));
+        total += gates[j];
+        count += 1;
+      }
+    }
+    for (int j = 0; j < COUNT; j++) {
+      const double w = load_element(weights, type, j);
+      const long double want = gates[j] / (total / count);
+      add_to_hash(w);
+      CHECK(fabsl((long double)w - want) <= (type == dtype_f64 ? 1e-14L : 1e-7L) * want,
+            "block %d: weight %g, want %Lg", (int)block, w, want);
+    }
+  }
+  for (int i = 0; i < COUNT; i++) now[i] = old[i] = mask[i] = 0;
+  drift_gate(now, old, NULL, 64, 1, dtype_f64, weights, &error);
+  for (int i = 0; i < COUNT; i++) CHECK(weights[i] == 1, "no drift has the weight %g", weights[i]);
+  drift_gate(now, old, mask, 64, 1, dtype_f64, weights, &error);
+  for (int i = 0; i < COUNT; i++) CHECK(weights[i] == 0, "an inactive weight %g", weights[i]);
+  weights[0] = 123;
+  CHECK(drift_gate(now, old, mask, 0, 1, dtype_f64, weights, &error) == OPDC_INVALID_VALUE &&
+            strstr(error.message, "block"),
+        "%s", error.message);
+  CHECK(drift_gate(now, old, mask, 1, -1, dtype_f64, weights, &error) == OPDC_INVALID_VALUE &&
+            strstr(error.message, "kappa"),
+        "%s", error.message);
+  CHECK(weights[0] == 123, "an error has written");
+}
+
 static void test_poisoned_rows(void) {
-  problem p = make(2100, dtype_f32, dtype_f32, 2, 1, 0),
-          clean = make(1, dtype_f32, dtype_f32, 1, 1, 0);
+  static const variant how = {.method = "reverse_kl"};
+  problem p = make(2100, dtype_f32, dtype_f32, 2, 1, 0);
   opdc_error error;
   double value[ROWS];
-  run(&p, "reverse_kl", OPDC_NONE, 1, p.gradient, &error);
+  run(&p, &how, OPDC_NONE, 1, p.gradient, &error);
   memcpy(value, p.value, sizeof value);
   store_element(p.student, dtype_f32, 1 * p.stride + 2000, NAN);
   for (int64_t j = 0; j < p.width; j++)
     store_element(p.student, dtype_f32, 3 * p.stride + j, -INFINITY);
-  store_element(p.teacher, dtype_f32, 2 * p.stride, NAN); /* inactive: never read */
-  run(&p, "reverse_kl", OPDC_NONE, 1, p.gradient, &error);
+  store_element(p.teacher, dtype_f32, INACTIVE * p.stride, NAN); /* never read */
+  run(&p, &how, OPDC_NONE, 1, p.gradient, &error);
   for (int64_t row = 0; row < ROWS; row++) {
-    const double g = load_element(p.gradient, dtype_f32, row * p.stride);
+    const double g = gradient_at(&p, p.gradient, row, 0);
     if (row == 1 || row == 3)
       CHECK(p.value[row] != p.value[row] && g != g, "row %d is poisoned, and said %g", (int)row,
             p.value[row]);
@@ -356,25 +863,84 @@ static void test_poisoned_rows(void) {
       CHECK(p.value[row] == value[row] && g == g, "row %d is not poisoned", (int)row);
   }
   release(&p);
-  release(&clean);
+}
+
+/* An error that names the argument, before anything is written. */
+static void test_error(problem *p, variant how, const char *argument) {
+  opdc_error error;
+  opdc_status status;
+  memset(p->gradient, 1, gradient_bytes(p));
+  for (int i = 0; i < ROWS * OPDC_ROW; i++) p->rows[i] = 123;
+  for (int i = 0; i < 64; i++) p->metrics[i] = 123;
+  p->value[0] = 123;
+  status = run(p, &how, OPDC_MEAN, 1, p->gradient, &error);
+  CHECK(status != OPDC_OK && strncmp(error.message, argument, strlen(argument)) == 0,
+        "%s: status %d, %s", argument, (int)status, error.message);
+  CHECK(p->value[0] == 123, "%s: value is written", argument);
+  for (int i = 0; i < ROWS * OPDC_ROW; i++) CHECK(p->rows[i] == 123, "%s: rows", argument);
+  for (int i = 0; i < 64; i++) CHECK(p->metrics[i] == 123, "%s: metrics", argument);
+  for (size_t i = 0; i < gradient_bytes(p); i++)
+    CHECK(p->gradient[i] == 1, "%s: gradient", argument);
 }
 
 static void test_errors(void) {
-  problem p = make(40, dtype_f32, dtype_f32, 1, 1, 0);
+  enum { SENT_TOKENS = TOKEN_LOGPROBS | ENTROPIES };
+  static const variant k1 = {.method = "k1"};
+  static const variant sampled = {
+      .method = "tropd", .support = OPDC_TEACHER, .k = 4, .given = UNIFORMS | PREFIX};
+  static const variant sparse = {.method = "tropd",
+                                 .support = OPDC_TEACHER,
+                                 .outlier = OPDC_OUTLIER_MASK,
+                                 .k = 4,
+                                 .id_bytes = 8,
+                                 .given = SENT_TOKENS | UNIFORMS | PREFIX};
+  static const struct {
+    const char *argument;
+    variant how;
+  } refused[] = {
+      {"method", {"no such method"}},
+      {"k", {"reverse_kl", OPDC_TEACHER, .k = 0}},
+      {"k", {"reverse_kl", OPDC_STUDENT, .k = 41}},
+      {"k", {"forward_kl", OPDC_TEACHER, OPDC_BOTH, .k = 1}},
+      {"k", {"jsd", OPDC_TEACHER, OPDC_BOTH, .k = 1, .id_bytes = 8}},
+      {"support", {"tropd", .k = 4, .given = UNIFORMS}},
+      {"support", {"entropy", OPDC_TEACHER, .k = 4}},
+      {"support", {"reverse_kl", OPDC_STUDENT, .k = 4, .id_bytes = 8}},
+      {"normalize", {"forward_kl", OPDC_TEACHER, OPDC_GENERALIZED, .k = 4}},
+      {"normalize", {"jsd", OPDC_TEACHER, OPDC_PLAIN, .k = 4}},
+      {"uniforms", {"tropd", OPDC_TEACHER, .k = 4}},
+      {"region", {"tropd", OPDC_TEACHER, .region = (opdc_region)3, .k = 4}},
+      {"outlier", {"tropd", OPDC_TEACHER, .outlier = (opdc_outlier)3, .k = 4}},
+      {"teacher", {"reverse_kl", .id_bytes = 8, .k = 4}},
+      {"teacher.token_logprobs", {"aopd", OPDC_TEACHER, .k = 4, .id_bytes = 8}},
+      {"teacher.token_logprobs", {"jsd", OPDC_TEACHER_TOKEN, OPDC_BOTH, .k = 4, .id_bytes = 8}},
+      {"teacher.entropy", {"eopd", OPDC_TEACHER, .k = 4, .id_bytes = 8, .given = TOKEN_LOGPROBS}},
+      {"teacher.tail_logprob",
+       {"reverse_kl", OPDC_TEACHER_TOKEN, .k = 4, .id_bytes = 8, .given = SENT_TOKENS | TAILS}},
+  };
+  problem p = make(40, dtype_f32, dtype_f32, 1, 1, 0), wrong;
   opdc_error error;
-  p.tokens[1] = 40;
-  p.value[0] = 123;
-  CHECK(run(&p, "k1", OPDC_MEAN, 1, p.gradient, &error) == OPDC_INVALID_VALUE,
-        "a token out of range");
-  CHECK(strstr(error.message, "tokens") && p.value[0] == 123, "%s", error.message);
-  p.tokens[1] = 0;
-  p.tokens[2] = -1; /* inactive */
-  CHECK(run(&p, "k1", OPDC_MEAN, 1, p.gradient, &error) == OPDC_OK, "%s", error.message);
-  p.settings[0] = 0;
-  CHECK(run(&p, "k1", OPDC_MEAN, 1, p.gradient, &error) == OPDC_INVALID_VALUE, "temperature 0");
-  CHECK(strstr(error.message, "temperature") != NULL, "%s", error.message);
-  CHECK(run(&p, "no such method", OPDC_MEAN, 1, NULL, &error) == OPDC_INVALID_VALUE,
-        "an unknown method");
+  adapt(&p, &sparse);
+  CHECK(run(&p, &sparse, OPDC_MEAN, 1, p.gradient, &error) == OPDC_OK, "%s", error.message);
+  for (size_t i = 0; i < sizeof refused / sizeof refused[0]; i++)
+    test_error(&p, refused[i].how, refused[i].argument);
+#define WRONG(place, value, how, argument)                                                         \
+  wrong = p;                                                                                       \
+  wrong.place = value;                                                                             \
+  test_error(&wrong, how, argument)
+  WRONG(tokens[1], 40, k1, "tokens");
+  WRONG(tokens[1], -1, sparse, "tokens");
+  WRONG(settings.temperature, 0, k1, "temperature");
+  WRONG(uniforms[1], 1, sampled, "uniforms");
+  WRONG(uniforms[1], NAN, sampled, "uniforms");
+  WRONG(uniforms[1], -0.25, sampled, "uniforms");
+  WRONG(ids[4], p.ids[7], sparse, "teacher.ids");
+  WRONG(ids[4], 40, sparse, "teacher.ids");
+  WRONG(slot_logprobs[4], 0.01F, sparse, "teacher.logprobs");
+#undef WRONG
+  wrong = p;
+  wrong.tokens[INACTIVE] = -1;
+  CHECK(run(&wrong, &k1, OPDC_MEAN, 1, p.gradient, &error) == OPDC_OK, "%s", error.message);
   release(&p);
 }
 
@@ -385,8 +951,12 @@ int main(void) {
     printf("skipped: %s\n", error.message);
     return 77;
   }
+  list_variants();
   test_values();
   test_identical_models();
+  test_topk();
+  test_take_largest();
+  test_drift_gate();
   test_poisoned_rows();
   test_errors();
   printf("instruction set %s, %d failures\nhash %016llx\n", name, failures,

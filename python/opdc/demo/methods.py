@@ -54,8 +54,18 @@ METHODS = {
         opdc.nn.SkewKLLoss, _mean_without_tokens(textbook.skew_forward_kl, 0.1), "#a58fe0"
     ),
     "k1": Method(opdc.nn.K1Loss, _mean(textbook.k1), "#111111"),
-    "k2": Method(opdc.nn.K2Loss, _mean(textbook.k2), "#9a9a9a"),
-    "k3": Method(opdc.nn.K3Loss, _mean(textbook.k3), "#c2a27c"),
+    "k2": Method(
+        opdc.nn.K2Loss,
+        _mean(textbook.k2),
+        "#9a9a9a",
+        "has the gradient of k1 on the student's own tokens: the same run",
+    ),
+    "k3": Method(
+        opdc.nn.K3Loss,
+        _mean(textbook.k3),
+        "#c2a27c",
+        "descends the forward KL in expectation, not the reverse KL that it estimates",
+    ),
     "lsm": Method(
         opdc.nn.LSMLoss,
         _mean_without_tokens(textbook.lsm, 32),
@@ -67,8 +77,8 @@ METHODS = {
         opdc.nn.TrOPDLoss,
         _mean(lambda z, t, y: textbook.tropd(z, t, y, torch.rand(y.shape), 64)),
         "#d9381e",
-        "gains at T = 0.6 and greedily, hardly at T = 1; it runs without prefixes of the teacher, "
-        "which added nothing on this task",
+        "gains most at T = 0.6 and greedily, little at T = 1; it runs without prefixes of the "
+        "teacher, which added nothing on this task",
     ),
     "eopd": Method(
         opdc.nn.EOPDLoss,
