@@ -52,6 +52,14 @@ typedef float real;
 
 #include "row.h"
 
+#include "mixture.h"
+
+#include "support.h"
+
+#include "measure.h"
+
+#include "gradient.h"
+
 #if OPDC_F64
 
 double SCALAR(exp)(double x) {

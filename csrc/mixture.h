@@ -1,0 +1,117 @@
+/* The pass of the divergences from a mixture, after the masses are known. */
+#ifndef OPDC_MIXTURE_H
+#define OPDC_MIXTURE_H
+
+/* p and q through the larger of them and their ratio: no cancellation in p - q, and no overflow
+ * in p / q. */
+SPECIALISED pair_of_masses pair_at(lane x, lane y, const row_constants *at) {
+  const lane d = log_ratio_of(x, y, at->apart);
+  const lane_mask teacher_higher = lane_less(d, lane_set(0));
+  const lane below = lane_select(teacher_higher, lane_sub(y, at->teacher_maximum),
+                                 lane_sub(x, at->student_maximum));
+  const lane inverse = lane_select(teacher_higher, at->teacher_inverse, at->student_inverse);
+  pair_of_masses pair;
+  pair.high = lane_mul(exponential(bounded_exponent(below, at->base), at->base), inverse);
+  pair.distance = lane_abs(d);
+  pair.ratio = exponential_gap(pair.distance, &pair.gap);
+  pair.teacher_higher = teacher_higher;
+  return pair;
+}
+
+/* p - q; 0 where there is no such id */
+SPECIALISED lane excess_of(pair_of_masses pair) {
+  const lane apart = lane_select(pair.teacher_higher, pair.gap, lane_sub(lane_set(0), pair.gap));
+  return lane_keep(lane_less(lane_set(0), pair.high), lane_mul(pair.high, apart));
+}
+
+/* Value and mean derivative of a mixture divergence, into the row, and the derivatives if they are
+ * to be kept. */
+SPECIALISED void mixture_pass(const row_call *call, const row_input *input, row *out, void *kept,
+                              const element_rule rule, double log_ratio, const int separate,
+                              mixture_reference reference) {
+  const row_constants constants = constants_of(call, out, log_ratio);
+  const mixture_weights weights = {(real)call->teacher_weight, (real)call->student_weight};
+  double value = 0, mean = 0, excess = 0;
+  block at;
+  struct {
+    _Alignas(64) real high[BLOCK];
+    _Alignas(64) real ratio[BLOCK];
+    _Alignas(64) real gap[BLOCK];
+    _Alignas(64) real log_ratio[BLOCK];
+  } found;
+  for (int64_t start = 0; start < call->vocabulary; start += BLOCK) {
+    const int count = block_length(start, call->vocabulary);
+    const real *x = block_at(input->student, call->student_type, start, count, at.x);
+    const real *y = block_at(input->teacher, call->teacher_type, start, count, at.y);
+    const next_block ahead = block_after(input->student, call->student_type, start);
+    const next_block ahead_of_teacher = block_after(input->teacher, call->teacher_type, start);
+    real *u = kept ? kept_block(kept, start) : at.p;
+    group values = group_of(0), means = group_of(0), excesses = group_of(0);
+    /* In two loops: one would be a chain of dependent operations too long for the processor to
+     * overlap two of them. */
+    FOR_EACH_LANE(count) {
+      const lane left = lane_load(x + i), right = lane_load(y + i);
+      const pair_of_masses pair = pair_at(left, right, &constants);
+      prefetch(ahead, i, part);
+      prefetch(ahead_of_teacher, i, part);
+      group_add(&excesses, part, excess_of(pair));
+      lane_store(found.high + i, pair.high);
+      lane_store(found.ratio + i, pair.ratio);
+      lane_store(found.gap + i, pair.gap);
+      lane_store(found.log_ratio + i, log_ratio_of(left, right, constants.apart));
+    }
+    FOR_EACH_LANE(count) {
+      const lane d = lane_load(found.log_ratio + i);
+      const pair_of_masses pair = {.high = lane_load(found.high + i),
+                                   .ratio = lane_load(found.ratio + i),
+                                   .gap = lane_load(found.gap + i),
+                                   .distance = lane_abs(d),
+                                   .teacher_higher = lane_less(d, lane_set(0))};
+      const lane_mask exists = lane_less(lane_set(0), pair.high);
+      lane derivative;
+      const lane term = mixture_rule(rule, pair, weights, separate, reference, &derivative);
+      derivative = lane_keep(exists, lane_mul(pair.high, derivative));
+      group_add(&values, part, lane_keep(exists, lane_mul(pair.high, term)));
+      group_add(&means, part, derivative);
+      lane_store(u + i, derivative);
+    }
+    value += (double)group_sum(values.part);
+    mean += (double)group_sum(means.part);
+    excess += (double)group_sum(excesses.part);
+  }
+  value -=
+      mixture_curvature(rule, call->teacher_weight, call->student_weight) * excess * excess / 2;
+  out->divergence = value < 0 ? 0 : value;
+  out->mean = mean;
+}
+
+static void measure_mixture(const row_call *call, const row_input *input, row *out, void *kept) {
+  const temperature T = temperature_of(call);
+  const real ratio = (real)((1 + out->student.rest) / (1 + out->teacher.rest));
+  const double log_ratio = log_ratio_of_masses(out->student, out->teacher, ratio, T);
+  const int64_t top = first_largest(call, out);
+  const double apart = out->student.maximum - load_element(input->teacher, call->teacher_type, top);
+  const double top_ratio = SCALAR(exp)(log_ratio - apart * (double)T.inverse),
+               mixture = call->student_weight + call->teacher_weight * top_ratio;
+  const int separate = top_ratio < 0.5;
+  const mixture_reference reference =
+      separate
+          ? (mixture_reference){(real)top_ratio, (real)SCALAR(log)(mixture), (real)(1 / mixture)}
+          : (mixture_reference){1, 0, 1};
+#define PASS(rule)                                                                                 \
+case rule:                                                                                         \
+  if (separate)                                                                                    \
+    mixture_pass(call, input, out, kept, rule, log_ratio, 1, reference);                           \
+  else                                                                                             \
+    mixture_pass(call, input, out, kept, rule, log_ratio, 0, reference);                           \
+  break
+  switch (call->element) {
+    PASS(element_jsd);
+    PASS(element_skew_forward);
+    PASS(element_skew_reverse);
+  default: break;
+  }
+#undef PASS
+}
+
+#endif

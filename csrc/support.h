@@ -1,0 +1,218 @@
+/* Supports: the ids that a model ranks first, and what a divergence on them needs of a row. The
+ * formulas are in rules.h; their arithmetic is in doubles, for the few ids of a support. */
+#ifndef OPDC_SUPPORT_H
+#define OPDC_SUPPORT_H
+
+/* The maxima of the tiles of a row, whose masses nobody measures; 0 if it has NaN. */
+static int read_tiles(const void *logits, dtype type, int64_t vocabulary, candidate *tiles) {
+  _Alignas(64) real copy[BLOCK];
+  _Alignas(64) real totals[GROUP];
+  for (int64_t start = 0; start < vocabulary; start += BLOCK) {
+    const int length = block_length(start, vocabulary);
+    const real *x = block_at(logits, type, start, length, copy);
+    const next_block ahead = block_after(logits, type, start);
+    group all = group_of(0);
+    int suspicious = 0;
+    tile_maxima(x, start, length, tiles);
+    FOR_EACH_LANE(length) {
+      prefetch(ahead, i, part);
+      group_add(&all, part, lane_load(x + i));
+    }
+    /* max() drops NaN, a sum does not; but -inf and large numbers may make one */
+    for (int part = 0; part < PARTS; part++) lane_store(totals + part * LANES, all.part[part]);
+    for (int i = 0; i < GROUP; i++) suspicious |= !(totals[i] - totals[i] == 0);
+    for (int i = 0; suspicious && i < length; i++)
+      if (x[i] != x[i]) return 0;
+  }
+  return 1;
+}
+
+/* The k largest logits, sorted, from the maxima of the tiles in `work`: each of the k tiles with
+ * the largest maxima has an id that comes before all ids of the other tiles, so that only these k
+ * are searched, and in them only what is not below the least of their maxima. Returns how many
+ * there are, in `*found`, part of `work`; -1 for a row with +inf or nothing but -inf. */
+static int64_t largest(const void *logits, dtype type, int64_t vocabulary, int64_t k,
+                       candidate *work, candidate **found) {
+  const int64_t tile_count = (vocabulary + TILE - 1) / TILE,
+                searched = k < tile_count ? k : tile_count;
+  _Alignas(64) real copy[TILE];
+  double threshold = -INFINITY;
+  int64_t count = 0;
+  take_largest(work, tile_count, searched);
+  if (work[0].value == INFINITY) return -1;
+  if (searched < tile_count) threshold = work[searched - 1].value;
+  *found = work + tile_count;
+  for (int64_t place = 0; place < searched; place++) {
+    const int64_t start = work[place].id * TILE;
+    const int length = vocabulary - start < TILE ? (int)(vocabulary - start) : TILE;
+    const real *x = block_at(logits, type, start, length, copy);
+    const lane least = lane_set((real)threshold);
+    for (int first = 0; first < length; first += LANES) {
+      const lane v = lane_load(x + first);
+      if (!lane_any(lane_less(least, v)) && !lane_any(lane_equal(least, v))) continue;
+      for (int i = first; i < first + LANES && i < length; i++)
+        if ((double)x[i] >= threshold && x[i] > -(real)INFINITY)
+          (*found)[count++] = (candidate){(double)x[i], start + i};
+    }
+  }
+  if (k > count) k = count;
+  take_largest(*found, count, k);
+  return k > 0 ? k : -1;
+}
+
+/* log of the probability of an id with the logit z */
+static inline double logprob_of(double z, const mass *of, double inverse) {
+  const double log_total = SCALAR(log1p)(of->rest);
+  return z == of->maximum ? -log_total : (z - of->maximum) * inverse - log_total;
+}
+
+static int64_t topk(const row_call *call, const void *logits, workspace *work) {
+  const mass whole = measure_one(call, logits, call->student_type, NULL, NULL, work->candidates);
+  candidate *found;
+  int64_t count = -1;
+  if (whole.rest == whole.rest)
+    count =
+        largest(logits, call->student_type, call->vocabulary, call->k, work->candidates, &found);
+  for (int64_t i = 0; i < count; i++)
+    work->entries[i] = (support_entry){
+        .id = found[i].id,
+        .student = logprob_of(found[i].value, &whole, (double)temperature_of(call).inverse)};
+  return count;
+}
+
+static int by_id(const void *a, const void *b) {
+  const int64_t left = ((const support_entry *)a)->id, right = ((const support_entry *)b)->id;
+  return (left > right) - (left < right);
+}
+
+static inline int64_t slot_id(const row_call *call, const row_input *input, int64_t slot) {
+  return call->slot_bytes == 8 ? ((const int64_t *)input->slot_ids)[slot]
+                               : ((const int32_t *)input->slot_ids)[slot];
+}
+
+/* The ids of the support, in order; with the teacher's log-probs, if they are given. An id that
+ * the ranking model excludes does not enter. -1: the ranking row is no distribution. */
+static int64_t choose_support(const row_call *call, const row_input *input, workspace *work) {
+  support_entry *to = work->entries;
+  int64_t count = 0, has_token = call->support != OPDC_TEACHER_TOKEN;
+  if (input->slot_ids) {
+    for (int64_t slot = 0; slot < call->k; slot++) {
+      const double logprob = load_element(input->slot_logprobs, call->slot_type, slot);
+      const int64_t id = slot_id(call, input, slot);
+      if (id < 0 || logprob == -INFINITY) continue;
+      to[count++] = (support_entry){.id = id, .teacher = logprob};
+    }
+    for (int64_t i = 0; i < count; i++) has_token |= to[i].id == input->token;
+    if (!has_token && input->teacher_logprob != -INFINITY)
+      to[count++] = (support_entry){.id = input->token, .teacher = input->teacher_logprob};
+  } else {
+    const int of_student = call->support == OPDC_STUDENT;
+    const void *ranking = of_student ? input->student : input->teacher;
+    const dtype type = of_student ? call->student_type : call->teacher_type;
+    const int measured = of_student ? call->student_mass : call->teacher_mass;
+    candidate *found;
+    if (!measured && !read_tiles(ranking, type, call->vocabulary, work->candidates)) return -1;
+    count = largest(ranking, type, call->vocabulary, call->k, work->candidates, &found);
+    if (count < 0) return count;
+    for (int64_t i = 0; i < count; i++) {
+      to[i] = (support_entry){.id = found[i].id};
+      has_token |= found[i].id == input->token;
+    }
+    if (!has_token && load_element(input->teacher, call->teacher_type, input->token) != -INFINITY)
+      to[count++] = (support_entry){.id = input->token};
+  }
+  qsort(to, (size_t)count, sizeof *to, by_id);
+  return count;
+}
+
+/* How many ids of S are among the |S| that the student ranks first. */
+static double overlap_of(const row_call *call, const row_input *input, workspace *work) {
+  candidate *found;
+  int64_t count = work->count, common = 0;
+  if (count == 0) return 0;
+  if (!read_tiles(input->student, call->student_type, call->vocabulary, work->candidates))
+    return NAN;
+  count = largest(input->student, call->student_type, call->vocabulary, count, work->candidates,
+                  &found);
+  for (int64_t i = 0; i < count; i++) {
+    const support_entry wanted = {.id = found[i].id};
+    common += bsearch(&wanted, work->entries, (size_t)work->count, sizeof wanted, by_id) != NULL;
+  }
+  return count < 0 ? NAN : (double)common;
+}
+
+/* The masses of the ids off the support. Their ratio comes from their difference, not from two
+ * masses, so that it is exact where the models agree. */
+static support_tail tail_of(const row_call *call, const row_input *input, const row *whole,
+                            const workspace *work) {
+  const double inverse = (double)temperature_of(call).inverse;
+  row outside = {0};
+  support_tail tail;
+  if (input->teacher)
+    measure_pair(call, input, &outside, NULL, work, NULL, NULL);
+  else
+    outside.student = measure_one(call, input->student, call->student_type, NULL, work, NULL);
+  tail.student = logprob_of(outside.student.maximum, &whole->student, inverse) +
+                 SCALAR(log1p)(outside.student.rest);
+  if (!input->teacher) {
+    const double Q = whole->support_teacher;
+    tail.teacher = call->has_tail ? input->tail_logprob : Q < 1 ? SCALAR(log1p)(-Q) : -INFINITY;
+  } else if (1 + outside.student.rest > 0 && 1 + outside.teacher.rest > 0) {
+    tail.teacher = tail.student - (outside.log_ratio - whole->log_ratio);
+  } else {
+    tail.teacher = logprob_of(outside.teacher.maximum, &whole->teacher, inverse) +
+                   SCALAR(log1p)(outside.teacher.rest);
+  }
+  return tail;
+}
+
+static void measure_support(const row_call *call, const row_input *input, row *out,
+                            workspace *work) {
+  const double inverse = (double)temperature_of(call).inverse;
+  const int local = call->normalize == OPDC_BOTH; /* needs no mass of the whole vocabulary */
+  /* The log-ratio of both sums makes differences of log-probs exact where the models agree. Where
+   * both are sure of one id its own rounding is larger than that of the sums. */
+  const double rounding = sizeof(real) == sizeof(double) ? 0x1p-53 : 0x1p-24;
+  const int sure =
+      (out->student.rest + out->teacher.rest) * rounding < fabs(out->log_ratio) * 0x1p-53;
+  double student_maximum = -INFINITY, teacher_maximum = -INFINITY;
+  support_tail tail = {-INFINITY, -INFINITY};
+  /* a model without a distribution; of `both` only the ranking one is asked */
+  const int no_student = out->student.rest != out->student.rest,
+            no_teacher = input->teacher && out->teacher.rest != out->teacher.rest;
+  const int undefined =
+      local ? call->support == OPDC_STUDENT ? no_student : no_teacher : no_student || no_teacher;
+  work->count = undefined && call->student_mass ? -1 : choose_support(call, input, work);
+  out->slots = (double)work->count;
+  if (work->count < 0) {
+    out->divergence = out->support_student = out->support_teacher = out->slots = NAN;
+    return;
+  }
+  for (int64_t i = 0; i < work->count; i++) {
+    support_entry *at = &work->entries[i];
+    at->student = load_element(input->student, call->student_type, at->id);
+    if (input->teacher) at->teacher = load_element(input->teacher, call->teacher_type, at->id);
+    if (!(at->student <= student_maximum)) student_maximum = at->student;
+    if (!(at->teacher <= teacher_maximum)) teacher_maximum = at->teacher;
+  }
+  for (int64_t i = 0; i < work->count; i++) {
+    support_entry *at = &work->entries[i];
+    const double z = at->student, t = at->teacher;
+    const double s = call->student_mass ? logprob_of(z, &out->student, inverse) : NAN;
+    double tau = t;
+    if (input->teacher)
+      tau = !call->teacher_mass                       ? (double)NAN
+            : s > -INFINITY && t > -INFINITY && !sure ? s - ((z - t) * inverse - out->log_ratio)
+                                                      : logprob_of(t, &out->teacher, inverse);
+    out->support_student += SCALAR(exp)(s);
+    out->support_teacher += SCALAR(exp)(tau);
+    at->student = local ? (z - student_maximum) * inverse : s;
+    at->teacher = !local ? tau : input->teacher ? (t - teacher_maximum) * inverse : t;
+  }
+  if (call->normalize == OPDC_TAIL) tail = tail_of(call, input, out, work);
+  out->divergence =
+      KERNEL(support)(call, work->entries, work->count, tail.student, tail.teacher, &out->spread);
+  if (call->overlap) out->overlap = overlap_of(call, input, work);
+}
+
+#endif
