@@ -15,6 +15,7 @@ import opdc
 import oracle
 from capsules import CUDA, READ_ONLY, Producer
 from core import SETTINGS, core_call
+from fuzz import REFUSALS, answered_calls
 from opdc import _C
 
 POSITIONS, V = (2, 3), 7
@@ -472,7 +473,6 @@ CALLS = {
     "entropy": (("student",), {k: COMMON[k] for k in ("temperature", "mask", "valid_vocab")}),
 }
 RIGHT = {"student": make_student, "teacher": make_student, "tokens": make_tokens}
-REFUSALS = (ValueError, TypeError, NotImplementedError, RuntimeError)
 
 
 def random_call(r):
@@ -517,20 +517,7 @@ def check_against_the_oracle(name, arguments, given, result):
 def test_a_thousand_random_calls_end_in_an_error_or_a_right_answer(seed):
     r = random.Random(seed)
     torch.manual_seed(seed)
-    answered = 0
-    for _ in range(600):
-        name, arguments, given = random_call(r)
-        shown = f"{name} {[getattr(x, 'shape', x) for x in arguments]} {given}"
-        try:
-            result = getattr(opdc, name)(*arguments, **given)
-        except REFUSALS as error:
-            assert str(error), shown
-            continue
-        answered += 1
-        try:
-            check_against_the_oracle(name, arguments, given, result)
-        except AssertionError as error:
-            raise AssertionError(shown) from error
+    answered = answered_calls(600, lambda: random_call(r), check_against_the_oracle)
     assert 100 < answered < 500
     for _ in range(400):
         random_raw_call(r)

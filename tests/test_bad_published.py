@@ -10,7 +10,8 @@ import torch
 
 import opdc
 import oracle_published
-from test_bad_input import COMMON, REFUSALS, WRONG_NUMBERS, WRONG_TENSORS, is_ordinary, make_tokens
+from fuzz import answered_calls
+from test_bad_input import COMMON, WRONG_NUMBERS, WRONG_TENSORS, is_ordinary, make_tokens
 
 POSITIONS, V = (2, 3), 7
 STUDENT, TEACHER = (torch.linspace(-2, 2, 42).sin().reshape(2, 3, 7) * k for k in (3.0, 5.0))
@@ -555,18 +556,5 @@ def check_against_the_oracle(name, arguments, given, result):
 def test_random_calls_end_in_an_error_or_a_right_answer(seed):
     r = random.Random(seed)
     torch.manual_seed(seed)
-    answered = 0
-    for _ in range(400):
-        name, arguments, given = random_call(r)
-        shown = f"{name} {[getattr(x, 'shape', x) for x in arguments]} {given}"
-        try:
-            result = getattr(opdc, name)(*arguments, **given)
-        except REFUSALS as error:
-            assert str(error), shown
-            continue
-        answered += 1
-        try:
-            check_against_the_oracle(name, arguments, given, result)
-        except AssertionError as error:
-            raise AssertionError(shown) from error
+    answered = answered_calls(400, lambda: random_call(r), check_against_the_oracle)
     assert 50 < answered < 350
