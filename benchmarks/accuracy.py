@@ -51,8 +51,10 @@ SHOWN = {
     "k3": "k3",
     "token_logprobs": "token log-prob",
     "entropy": "entropy",
+    "lsm": "LSM, K = 32",
 }
-IN_README = ("reverse_kl", "forward_kl", "jsd", "skew_forward", "k1")
+IN_README = ("reverse_kl", "forward_kl", "jsd", "skew_forward", "k1", "lsm")
+LSM = Case("lsm", "lsm", {"k": 32})
 # One line of the printed table: the worst of the regimes whose name begins so.
 GROUPS = {
     "uniform": "uniform",
@@ -145,7 +147,7 @@ def measure(case: Case, regime: Regime, rows: int, vocabulary: int, seeds: int) 
 
 
 def cells(rows: int, vocabulary: int, seeds: int) -> Iterator[Cell]:
-    for case in CASES:
+    for case in (*CASES, LSM):
         for regime in REGIMES:
             if case.name in SHOWN and case.is_finite_in(regime):
                 yield measure(case, regime, rows, vocabulary, seeds)

@@ -47,9 +47,7 @@ static void measure(const row_call *call, const row_input *input, row *out, work
     }
   }
   KERNEL(describe)(call, input, out);
-  if (has_support(call) && !input->prefix) {
-    measure_support(call, input, out, work);
-  }
+  if (has_support(call) && !input->prefix) measure_support(call, input, out, work);
 }
 
 static void keep(const row_call *call, const row_input *input, const row *from, workspace *work) {

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from opdc.bench import textbook
-from opdc.bench.textbook import entropy, forward_kl, k1, k2, k3, reverse_kl, token_logprobs
+from opdc.bench.textbook import entropy, forward_kl, k1, k2, k3, lsm, reverse_kl, token_logprobs
 
 __all__ = [
     "entropy",
@@ -17,6 +17,7 @@ __all__ = [
     "k1",
     "k2",
     "k3",
+    "lsm",
     "reverse_kl",
     "skew_kl",
     "token_logprobs",

@@ -171,7 +171,7 @@ class Case:
 
     @property
     def is_divergence(self) -> bool:
-        return self.function in ("reverse_kl", "forward_kl", "jsd", "skew_kl")
+        return self.function in ("reverse_kl", "forward_kl", "jsd", "skew_kl", "lsm")
 
     def is_finite_in(self, regime: Regime) -> bool:
         """Whether the formula never takes the log of a probability 0 of the regime."""

@@ -758,7 +758,8 @@ def topk(
         `TopK(ids, logprobs)`: int64 ids and their log-probs over the vocabulary, `(..., k)`, in
         float32 (float64 for float64). An id of logit `−inf` never enters: the id of its slot is −1
         and the log-prob `−inf`. A row with NaN, `+inf` or nothing but `−inf` gives ids −1 and
-        log-probs NaN.
+        log-probs NaN; as a teacher it has no support then, and its loss is NaN or, with the
+        normalisations "none", "tail" and "generalized", 0.
 
     >>> import opdc, torch
     >>> best = opdc.topk(torch.tensor([1.0, 3.0, 2.0, 3.0]), 3)

@@ -676,7 +676,7 @@ static void test_values(void) {
                      i % 2 ? (dtype)((i / 2 + 1) % 4) : dtype_f32, 2, 1, i % 4 == 1 || i % 4 == 2);
     for (int j = 0; j < variant_count; j++) {
       variant how = variants[j];
-      if (how.support != OPDC_FULL && (i + j) % 3) continue;
+      if (how.support != OPDC_FULL && (i + j) % 5) continue; /* each at some of the widths */
       if (fits(&how, width)) test_variant(&p, &how);
     }
     release(&p);
@@ -684,7 +684,7 @@ static void test_values(void) {
 }
 
 static void test_identical_models(void) {
-  problem p = make(1500, dtype_f32, dtype_f32, 3, 0, 0);
+  problem p = make(1100, dtype_f32, dtype_f32, 3, 0, 0);
   opdc_error error;
   for (int i = 0; i < variant_count; i++) {
     const variant *how = &variants[i];
@@ -876,11 +876,11 @@ static void test_error(problem *p, variant how, const char *argument) {
   status = run(p, &how, OPDC_MEAN, 1, p->gradient, &error);
   CHECK(status != OPDC_OK && strncmp(error.message, argument, strlen(argument)) == 0,
         "%s: status %d, %s", argument, (int)status, error.message);
-  CHECK(p->value[0] == 123, "%s: value is written", argument);
-  for (int i = 0; i < ROWS * OPDC_ROW; i++) CHECK(p->rows[i] == 123, "%s: rows", argument);
-  for (int i = 0; i < 64; i++) CHECK(p->metrics[i] == 123, "%s: metrics", argument);
-  for (size_t i = 0; i < gradient_bytes(p); i++)
-    CHECK(p->gradient[i] == 1, "%s: gradient", argument);
+  int written = p->value[0] != 123;
+  for (int i = 0; i < ROWS * OPDC_ROW; i++) written |= p->rows[i] != 123;
+  for (int i = 0; i < 64; i++) written |= p->metrics[i] != 123;
+  for (size_t i = 0; i < gradient_bytes(p); i++) written |= p->gradient[i] != 1;
+  CHECK(!written, "%s: an error has written", argument);
 }
 
 static void test_errors(void) {
