@@ -75,3 +75,49 @@ def test_a_float16_gradient_is_scaled_before_it_is_rounded():
     exact = student.detach().double().requires_grad_()
     (65536 * opdc.reverse_kl(exact, teacher.double())).backward()
     torch.testing.assert_close(student.grad, exact.grad.half(), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("metrics", [False, True])
+@pytest.mark.parametrize("place", [0, 700, 1023, 1024, 1299])
+@pytest.mark.parametrize("normalize", ["none", "teacher", "both", "tail"])
+@pytest.mark.parametrize("support", ["teacher", "student"])
+def test_hazard_04_and_13_an_undefined_ranking_row_has_no_support(
+    support, normalize, place, metrics
+):
+    """Also where the NaN is no candidate for the support, at the ends of blocks and tiles."""
+    student, teacher = torch.randn(2, 2, 1300)
+    ranking = student if support == "student" else teacher
+    ranking[:, place] = -50.0
+    ranking[1, place] = math.nan
+    options = {"support": support, "normalize": normalize, "k": 6, "reduction": "none"}
+    loss = opdc.forward_kl(student, teacher, **options, return_metrics=metrics)
+    if metrics:
+        loss, found = loss
+        assert found["slots"].isnan()
+    assert loss.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("gap", [10.0, 25.0, 32.0])
+@pytest.mark.parametrize("normalize", ["both", "tail"])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
+def test_hazard_11_and_12_gradient_of_a_sure_id_on_the_support(name, normalize, gap):
+    """It is tiny, the difference of large numbers, and still minus the sum of all the others."""
+    student = torch.tensor([[gap, 0.0, -1.0, 0.5, -0.3]]).requires_grad_()
+    teacher = torch.tensor([[0.7, -0.2, 0.4, 0.1, 0.0]])
+    loss = getattr(opdc, name)(student, teacher, support="teacher", k=3, normalize=normalize)
+    loss.backward()
+    sure, *others = student.grad[0].double()
+    torch.testing.assert_close(sure, -sum(others), rtol=1e-5, atol=0)
+
+
+def test_hazard_28_threads_have_a_workspace_each():
+    """Rows large enough that several threads work at a time."""
+    student, teacher = torch.randn(2, 64, 40_000)
+    tokens = torch.randint(40_000, (64,))
+    alone = opdc.topk(student, 200).ids
+    expected = opdc.tropd(student, teacher, tokens, region="expected", reduction="none")
+    torch.set_num_threads(8)
+    for _ in range(3):
+        assert torch.equal(opdc.topk(student, 200).ids, alone)
+        again = opdc.tropd(student, teacher, tokens, region="expected", reduction="none")
+        assert torch.equal(again, expected)

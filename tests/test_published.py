@@ -1572,7 +1572,7 @@ def test_identity_12_bits_do_not_depend_on_other_rows(case, dtype):
 
 @pytest.mark.parametrize("case", SAMPLE, ids=str)
 def test_identity_12_bits_do_not_depend_on_threads(case):
-    inputs = prepare(MIXED, (9,), 1025)
+    inputs = prepare(MIXED, (9,), 5003)  # more than one thread's work
     usual = [measured(case, inputs, reduction=reduction) for reduction in ("none", "mean")]
     for threads in (2, 5):
         torch.set_num_threads(threads)
