@@ -77,8 +77,8 @@ METHODS = {
         opdc.nn.TrOPDLoss,
         _mean(lambda z, t, y: textbook.tropd(z, t, y, torch.rand(y.shape), 64)),
         "#d9381e",
-        "gains most at T = 0.6 and greedily, little at T = 1; it runs without prefixes of the "
-        "teacher, which added nothing on this task",
+        "gains most at T = 0.6 and greedily, little at T = 1; it runs without prefixes of "
+        "the teacher here",
     ),
     "eopd": Method(
         opdc.nn.EOPDLoss,
