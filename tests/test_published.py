@@ -1665,10 +1665,10 @@ def test_drift_gate_starts_blocks_at_the_first_active_position_and_counts_holes(
 
 
 def test_drift_gate_never_reads_inactive_positions_and_takes_the_signed_mean():
-    new = torch.tensor([[0.5, -0.5, math.nan, INFINITY]])
-    old = torch.zeros(1, 4)
-    mask = torch.tensor([[1, 1, 0, 0]])
-    assert torch.equal(opdc.drift_gate(new, old, mask), mask.float())
+    new = torch.tensor([[0.5, -0.5, math.nan, INFINITY, 0.0, 0.0]])
+    old = torch.zeros(1, 6)
+    mask = torch.tensor([[1, 1, 0, 0, 1, 1]])
+    assert torch.equal(opdc.drift_gate(new, old, mask, block=2), mask.float())
 
 
 def test_drift_gate_is_detached_and_multiplies_any_loss():
