@@ -958,8 +958,8 @@ MUTATIONS = (
     Mutation(
         "drift_blocks_from_the_first_position",
         DRIFT,
-        "from < start + length && active.tensor",
-        "0 && active.tensor",
+        "from < start + length && !view_flag",
+        "0 && !view_flag",
         (
             f"{ALL_PUBLISHED}::test_drift_gate_starts_blocks_at_the_first_active_position_and_counts_holes",
         ),
@@ -967,7 +967,7 @@ MUTATIONS = (
     Mutation(
         "drift_of_inactive_positions",
         DRIFT,
-        "          if (active.tensor && *view_at(&active, i) == 0) continue;\n",
+        "          if (!view_flag(&active, i, 1)) continue;\n",
         "",
         (
             f"{ALL_PUBLISHED}::test_drift_gate_never_reads_inactive_positions_and_takes_the_signed_mean",

@@ -203,7 +203,7 @@ typedef struct memory_parts {
 } memory_parts;
 
 static memory_parts parts_of(const plan *at) {
-  const size_t number = at->is_double ? sizeof(double) : sizeof(float);
+  const size_t number = at->constants.is_double ? sizeof(double) : sizeof(float);
   const row_call *of = &at->constants;
   memory_parts parts = {0};
   if (at->with_gradient && of->student_mass) parts.kept = kept_bytes(of->vocabulary, number);
@@ -326,9 +326,9 @@ opdc_status opdc_loss(const opdc_call *call, const DLTensor *value, const DLTens
   opdc_status status;
   TRY(make_plan(call, rows, &at, error));
   TRY(check_value("value", value, &at.student, call->reduction == OPDC_NONE, &value_at, error));
-  if (value_at.type != (at.is_double ? dtype_f64 : dtype_f32))
+  if (value_at.type != (at.constants.is_double ? dtype_f64 : dtype_f32))
     return fail(error, OPDC_INVALID_TYPE, "value: want %s, the dtype of the arithmetic",
-                at.is_double ? "float64" : "float32");
+                at.constants.is_double ? "float64" : "float32");
   if (gradient) TRY(check_output("gradient", gradient, &at.student, &at.gradient, error));
   if (metrics) TRY(check_doubles("metrics", metrics, -1, METRIC_COUNT, &metric_numbers, error));
   at.with_gradient = gradient != NULL;

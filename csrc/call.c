@@ -15,18 +15,19 @@ static const method_entry methods[] = {
 };
 enum { METHOD_COUNT = sizeof methods / sizeof methods[0] };
 
+const method_entry *method_at(opdc_method method) {
+  return method >= 0 && method < METHOD_COUNT ? &methods[method] : NULL;
+}
+
 int opdc_method_count(void) { return METHOD_COUNT; }
 const char *opdc_method_name(opdc_method method) {
-  return method >= 0 && method < METHOD_COUNT ? methods[method].name : NULL;
+  const method_entry *of = method_at(method);
+  return of ? of->name : NULL;
 }
 opdc_method opdc_method_of(const char *name) {
   for (int i = 0; i < METHOD_COUNT; i++)
     if (strcmp(methods[i].name, name) == 0) return i;
   return -1;
-}
-
-const method_entry *method_at(opdc_method method) {
-  return method >= 0 && method < METHOD_COUNT ? &methods[method] : NULL;
 }
 
 int selects(token_rule rule) {
@@ -46,7 +47,7 @@ static opdc_status check_settings(plan *out, opdc_error *error) {
   double *numbers;
   TRY(check_doubles("settings", out->call->settings, -1, OPDC_SETTINGS, &numbers, error));
   memcpy(&out->constants.settings, numbers, sizeof out->constants.settings);
-  TRY(check_temperature(at->temperature, out->is_double, error));
+  TRY(check_temperature(at->temperature, out->constants.is_double, error));
   switch (out->method->element) {
   case element_jsd: TRY(check_range("beta", at->mixture, 0, 1, "a number in [0, 1]", error)); break;
   case element_skew_forward:
@@ -107,9 +108,7 @@ static opdc_status check_vocabulary(plan *out, opdc_error *error) {
   return OPDC_OK;
 }
 
-int is_active(const plan *at, int64_t index) {
-  return !at->mask.tensor || *view_at(&at->mask, index) != 0;
-}
+int is_active(const plan *at, int64_t index) { return view_flag(&at->mask, index, 1); }
 
 static opdc_status check_token_range(const plan *at, opdc_error *error) {
   if (!at->tokens.tensor) return OPDC_OK;
@@ -127,10 +126,10 @@ static opdc_status check_token_range(const plan *at, opdc_error *error) {
 }
 
 static int is_prefix(const plan *at, int64_t index) {
-  return at->prefix_mask.tensor && *view_at(&at->prefix_mask, index) != 0;
+  return view_flag(&at->prefix_mask, index, 0);
 }
 
-/* The number of a position whose teacher is read, from a sparse teacher. */
+/* What a sparse teacher says of a position; `sorted` has room for its ids. */
 static opdc_status check_slots_of(const plan *at, int64_t index, int64_t *sorted,
                                   opdc_error *error) {
   const int64_t slots = at->constants.k;
@@ -138,8 +137,7 @@ static opdc_status check_slots_of(const plan *at, int64_t index, int64_t *sorted
   double total = 0;
   int64_t count = 0;
   for (int64_t slot = 0; slot < slots; slot++) {
-    const int64_t id = at->slot_ids.bytes == 8 ? ((const int64_t *)(const void *)ids)[slot]
-                                               : ((const int32_t *)(const void *)ids)[slot];
+    const int64_t id = load_id(ids, at->slot_ids.bytes, slot);
     int64_t place = count;
     if (id < 0) continue;
     if (id >= at->constants.vocabulary)
@@ -241,10 +239,9 @@ static opdc_status check_support(plan *out, opdc_error *error) {
   if (call->support == OPDC_TEACHER_TOKEN && !call->tokens)
     return fail(error, OPDC_INVALID_TYPE,
                 "tokens: got None, want the ids that support=\"teacher+token\" adds");
-  if (call->k < 1 || call->k > to->vocabulary)
-    if (!call->slot_ids || call->k < 1)
-      return fail(error, OPDC_INVALID_VALUE, "k: got %lld, want a number of ids from 1 to %lld",
-                  (long long)call->k, (long long)to->vocabulary);
+  if (call->k < 1 || (call->k > to->vocabulary && !call->slot_ids))
+    return fail(error, OPDC_INVALID_VALUE, "k: got %lld, want a number of ids from 1 to %lld",
+                (long long)call->k, (long long)to->vocabulary);
   if (call->normalize == OPDC_BOTH && call->k == 1 && call->support != OPDC_TEACHER_TOKEN)
     return fail(
         error, OPDC_INVALID_VALUE,
@@ -311,7 +308,6 @@ static void describe_call(plan *out) {
   to->teacher_type = out->teacher.type;
   to->slot_type = out->slot_logprobs.type;
   to->slot_bytes = out->slot_ids.bytes;
-  to->is_double = out->is_double;
   to->has_old = out->old_logprobs.tensor != NULL;
   to->has_reference = out->reference_logprobs.tensor != NULL;
   to->has_tail = out->tail_logprobs.tensor != NULL;
@@ -332,7 +328,8 @@ opdc_status make_plan(const opdc_call *call, const DLTensor *rows, plan *out, op
   out->call = call;
   set = instruction_set_in_use(error);
   if (!set) return OPDC_INVALID_VALUE;
-  if (!opdc_method_name(call->method))
+  out->method = method_at(call->method);
+  if (!out->method)
     return fail(error, OPDC_INVALID_VALUE, "method: got %d, want 0 to %d", call->method,
                 METHOD_COUNT - 1);
   if (call->threads < 1)
@@ -340,7 +337,6 @@ opdc_status make_plan(const opdc_call *call, const DLTensor *rows, plan *out, op
   if (call->reduction < OPDC_NONE || call->reduction > OPDC_SEQ_MEAN)
     return fail(error, OPDC_INVALID_VALUE, "reduction: got %d, want one of opdc_reduction",
                 (int)call->reduction);
-  out->method = &methods[call->method];
   needs = out->method->needs;
 
   TRY(check_logits("student", call->student, &out->student, error));
@@ -388,9 +384,9 @@ opdc_status make_plan(const opdc_call *call, const DLTensor *rows, plan *out, op
   TRY(check_numbers("old_logprobs", call->old_logprobs, &out->student, &out->old_logprobs, error));
   TRY(check_numbers("reference_logprobs", call->reference_logprobs, &out->student,
                     &out->reference_logprobs, error));
-  out->is_double =
+  out->constants.is_double =
       out->student.type == dtype_f64 || (out->teacher.tensor && out->teacher.type == dtype_f64);
-  out->kernels = out->is_double ? &set->f64 : &set->f32;
+  out->kernels = out->constants.is_double ? &set->f64 : &set->f32;
   TRY(check_settings(out, error));
   TRY(check_vocabulary(out, error));
   out->positions = count_positions(call->student, out->student.leading);

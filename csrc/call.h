@@ -22,7 +22,7 @@ typedef struct plan {
   view gradient, upstream;
   row *rows;
   int64_t positions, sequence; /* all positions; length of the last position axis */
-  int is_double, with_gradient;
+  int with_gradient;
   int in_phases; /* the loss of a row waits for what is measured of others */
   char *memory;  /* for each thread its workspace, or NULL */
   size_t memory_bytes;

@@ -34,6 +34,11 @@ static inline double view_number(const view *of, int64_t index, double absent) {
   return of->tensor ? load_element(view_at(of, index), of->type, 0) : absent;
 }
 
+/* Whether a mask holds; `absent` where there is none. */
+static inline int view_flag(const view *of, int64_t index, int absent) {
+  return of->tensor ? *view_at(of, index) != 0 : absent;
+}
+
 int64_t count_positions(const DLTensor *logits, int leading);
 
 /* (..., V) logits: any floating dtype of the list, on the CPU, last stride 1. */
@@ -65,8 +70,7 @@ opdc_status check_value(const char *name, const DLTensor *tensor, const view *lo
 opdc_status check_temperature(double temperature, int is_double, opdc_error *error);
 
 static inline int64_t token_at(const view *of, int64_t index) {
-  const void *at = view_at(of, index);
-  return of->bytes == 8 ? *(const int64_t *)at : *(const int32_t *)at;
+  return load_id(view_at(of, index), of->bytes, 0);
 }
 
 #endif

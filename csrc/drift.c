@@ -1,6 +1,5 @@
 /* The blockwise drift gate: a few numbers a position, in doubles, in the caller's thread. */
 #include <math.h>
-#include <string.h>
 
 #include "check.h"
 #include "kernels.h"
@@ -38,7 +37,7 @@ opdc_status opdc_drift_gate(const DLTensor *logprobs, const DLTensor *old_logpro
   for (int writing = 0; writing < 2; writing++) {
     for (int64_t start = 0; start < positions; start += length) {
       int64_t from = start;
-      while (from < start + length && active.tensor && *view_at(&active, from) == 0) {
+      while (from < start + length && !view_flag(&active, from, 1)) {
         if (writing) store_element(view_at(&out, from), out.type, 0, 0);
         from++;
       }
@@ -46,7 +45,7 @@ opdc_status opdc_drift_gate(const DLTensor *logprobs, const DLTensor *old_logpro
         double drift = 0, here = 0, gate;
         to = from + block < start + length ? from + block : start + length;
         for (int64_t i = from; i < to; i++) {
-          if (active.tensor && *view_at(&active, i) == 0) continue;
+          if (!view_flag(&active, i, 1)) continue;
           drift += view_number(&now, i, 0) - view_number(&old, i, 0);
           here += 1;
         }
@@ -56,8 +55,8 @@ opdc_status opdc_drift_gate(const DLTensor *logprobs, const DLTensor *old_logpro
           count += here;
         }
         for (int64_t i = from; writing && i < to; i++) {
-          const int on = !active.tensor || *view_at(&active, i) != 0;
-          store_element(view_at(&out, i), out.type, 0, on ? gate / (total / count) : 0);
+          const double weight = view_flag(&active, i, 1) ? gate / (total / count) : 0;
+          store_element(view_at(&out, i), out.type, 0, weight);
         }
       }
     }

@@ -109,4 +109,9 @@ static inline void store_element(void *to, dtype type, int64_t index, double x) 
   }
 }
 
+/* An id of an array of int64 (8 bytes) or int32. */
+static inline int64_t load_id(const void *from, int bytes, int64_t index) {
+  return bytes == 8 ? ((const int64_t *)from)[index] : ((const int32_t *)from)[index];
+}
+
 #endif

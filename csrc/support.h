@@ -85,11 +85,6 @@ static int by_id(const void *a, const void *b) {
   return (left > right) - (left < right);
 }
 
-static inline int64_t slot_id(const row_call *call, const row_input *input, int64_t slot) {
-  return call->slot_bytes == 8 ? ((const int64_t *)input->slot_ids)[slot]
-                               : ((const int32_t *)input->slot_ids)[slot];
-}
-
 /* The ids of the support, in order; with the teacher's log-probs, if they are given. An id that
  * the ranking model excludes does not enter. -1: the ranking row is no distribution. */
 static int64_t choose_support(const row_call *call, const row_input *input, workspace *work) {
@@ -98,7 +93,7 @@ static int64_t choose_support(const row_call *call, const row_input *input, work
   if (input->slot_ids) {
     for (int64_t slot = 0; slot < call->k; slot++) {
       const double logprob = load_element(input->slot_logprobs, call->slot_type, slot);
-      const int64_t id = slot_id(call, input, slot);
+      const int64_t id = load_id(input->slot_ids, call->slot_bytes, slot);
       if (id < 0 || logprob == -INFINITY) continue;
       to[count++] = (support_entry){.id = id, .teacher = logprob};
     }
