@@ -88,26 +88,6 @@ static opdc_status check_settings(plan *out, opdc_error *error) {
   return OPDC_OK;
 }
 
-static opdc_status check_vocabulary(plan *out, opdc_error *error) {
-  const int64_t valid = out->call->valid_vocab,
-                student = out->student.tensor->shape[out->student.leading];
-  const int64_t teacher =
-      out->teacher.tensor ? out->teacher.tensor->shape[out->teacher.leading] : student;
-  const int64_t least = student < teacher ? student : teacher;
-  if (valid < 0 || valid > least)
-    return fail(error, OPDC_INVALID_VALUE,
-                "valid_vocab: got %lld, want a number of ids from 1 to %lld, the %s vocabulary",
-                (long long)valid, (long long)least, out->teacher.tensor ? "smaller" : "whole");
-  if (valid == 0 && student != teacher)
-    return fail(error, OPDC_INVALID_VALUE,
-                "teacher: got a vocabulary of %lld ids, the student has %lld; "
-                "pass valid_vocab=n to use the first n ids of both",
-                (long long)teacher, (long long)student);
-  out->constants.width = student;
-  out->constants.vocabulary = valid ? valid : student;
-  return OPDC_OK;
-}
-
 int is_active(const plan *at, int64_t index) { return view_flag(&at->mask, index, 1); }
 
 static opdc_status check_token_range(const plan *at, opdc_error *error) {
@@ -267,13 +247,8 @@ static opdc_status check_tropd(plan *out, opdc_error *error) {
                 "uniforms: got None, want a number in [0, 1) for each position");
   TRY(check_numbers("uniforms", call->uniforms, &out->student, &out->uniforms, error));
   for (int64_t i = 0; i < out->positions; i++) {
-    double uniform;
     if (!is_active(out, i) || is_prefix(out, i)) continue;
-    uniform = view_number(&out->uniforms, i, 0);
-    if (!(uniform >= 0 && uniform < 1))
-      return fail(error, OPDC_INVALID_VALUE,
-                  "uniforms: got %g at position %lld, want numbers in [0, 1), as of torch.rand",
-                  uniform, (long long)i);
+    TRY(check_uniform(view_number(&out->uniforms, i, 0), i, error));
   }
   return OPDC_OK;
 }
@@ -341,18 +316,7 @@ opdc_status make_plan(const opdc_call *call, const DLTensor *rows, plan *out, op
 
   TRY(check_logits("student", call->student, &out->student, error));
   if (needs & (NEEDS_TEACHER_LOGITS | NEEDS_TEACHER) && call->teacher) {
-    TRY(check_logits("teacher", call->teacher, &out->teacher, error));
-    if (call->teacher->ndim != call->student->ndim)
-      return fail(error, OPDC_INVALID_VALUE,
-                  "teacher: got logits with %d axes, the student has %d; "
-                  "both have the shape (..., vocabulary)",
-                  (int)call->teacher->ndim, (int)call->student->ndim);
-    for (int i = 0; i < out->student.leading; i++)
-      if (call->teacher->shape[i] != call->student->shape[i])
-        return fail(
-            error, OPDC_INVALID_VALUE,
-            "teacher: got size %lld in axis %d, the student has %lld; align their positions",
-            (long long)call->teacher->shape[i], i, (long long)call->student->shape[i]);
+    TRY(check_teacher(call->teacher, &out->student, &out->teacher, error));
   } else if (call->slot_ids && call->slot_logprobs && call->support != OPDC_FULL) {
     if (needs & NEEDS_TEACHER && !call->teacher_logprobs)
       return fail(error, OPDC_INVALID_TYPE,
@@ -388,7 +352,9 @@ opdc_status make_plan(const opdc_call *call, const DLTensor *rows, plan *out, op
       out->student.type == dtype_f64 || (out->teacher.tensor && out->teacher.type == dtype_f64);
   out->kernels = out->constants.is_double ? &set->f64 : &set->f32;
   TRY(check_settings(out, error));
-  TRY(check_vocabulary(out, error));
+  TRY(check_vocabulary(&out->student, &out->teacher, call->valid_vocab, &out->constants.vocabulary,
+                       error));
+  out->constants.width = call->student->shape[out->student.leading];
   out->positions = count_positions(call->student, out->student.leading);
   out->sequence = out->student.leading ? call->student->shape[out->student.leading - 1] : 1;
   TRY(check_token_range(out, error));

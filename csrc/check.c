@@ -210,6 +210,40 @@ static opdc_status check_positions(const char *name, const DLTensor *tensor, con
   return OPDC_OK;
 }
 
+opdc_status check_teacher(const DLTensor *tensor, const view *student, view *out,
+                          opdc_error *error) {
+  TRY(check_logits("teacher", tensor, out, error));
+  if (tensor->ndim != student->tensor->ndim)
+    return fail(error, OPDC_INVALID_VALUE,
+                "teacher: got logits with %d axes, the student has %d; "
+                "both have the shape (..., vocabulary)",
+                (int)tensor->ndim, (int)student->tensor->ndim);
+  for (int i = 0; i < student->leading; i++)
+    if (tensor->shape[i] != student->tensor->shape[i])
+      return fail(error, OPDC_INVALID_VALUE,
+                  "teacher: got size %lld in axis %d, the student has %lld; align their positions",
+                  (long long)tensor->shape[i], i, (long long)student->tensor->shape[i]);
+  return OPDC_OK;
+}
+
+opdc_status check_vocabulary(const view *student, const view *teacher, int64_t valid_vocab,
+                             int64_t *vocabulary, opdc_error *error) {
+  const int64_t mine = student->tensor->shape[student->leading];
+  const int64_t other = teacher->tensor ? teacher->tensor->shape[teacher->leading] : mine;
+  const int64_t least = mine < other ? mine : other;
+  if (valid_vocab < 0 || valid_vocab > least)
+    return fail(error, OPDC_INVALID_VALUE,
+                "valid_vocab: got %lld, want a number of ids from 1 to %lld, the %s vocabulary",
+                (long long)valid_vocab, (long long)least, teacher->tensor ? "smaller" : "whole");
+  if (valid_vocab == 0 && mine != other)
+    return fail(error, OPDC_INVALID_VALUE,
+                "teacher: got a vocabulary of %lld ids, the student has %lld; "
+                "pass valid_vocab=n to use the first n ids of both",
+                (long long)other, (long long)mine);
+  *vocabulary = valid_vocab ? valid_vocab : mine;
+  return OPDC_OK;
+}
+
 opdc_status check_numbers(const char *name, const DLTensor *tensor, const view *logits, view *out,
                           opdc_error *error) {
   *out = (view){0};
@@ -301,6 +335,13 @@ opdc_status check_value(const char *name, const DLTensor *tensor, const view *lo
     return fail(error, OPDC_INVALID_VALUE, "%s: got shape %s, want (), one number for the call",
                 name, text_of_shape(tensor->shape, tensor->ndim).text);
   return OPDC_OK;
+}
+
+opdc_status check_uniform(double uniform, int64_t position, opdc_error *error) {
+  if (uniform >= 0 && uniform < 1) return OPDC_OK;
+  return fail(error, OPDC_INVALID_VALUE,
+              "uniforms: got %g at position %lld, want numbers in [0, 1), as of torch.rand",
+              uniform, (long long)position);
 }
 
 opdc_status check_temperature(double temperature, int is_double, opdc_error *error) {

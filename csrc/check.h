@@ -43,6 +43,12 @@ int64_t count_positions(const DLTensor *logits, int leading);
 
 /* (..., V) logits: any floating dtype of the list, on the CPU, last stride 1. */
 opdc_status check_logits(const char *name, const DLTensor *tensor, view *out, opdc_error *error);
+/* The teacher's logits, for the positions of the student's. */
+opdc_status check_teacher(const DLTensor *tensor, const view *student, view *out,
+                          opdc_error *error);
+/* The number of ids in use, from a teacher that may be absent and valid_vocab (0: all of both). */
+opdc_status check_vocabulary(const view *student, const view *teacher, int64_t valid_vocab,
+                             int64_t *vocabulary, opdc_error *error);
 /* An output like the student: its dtype and shape, no two rows overlapping. */
 opdc_status check_output(const char *name, const DLTensor *tensor, const view *like, view *out,
                          opdc_error *error);
@@ -66,6 +72,8 @@ opdc_status check_doubles(const char *name, const DLTensor *tensor, int64_t rows
 opdc_status check_value(const char *name, const DLTensor *tensor, const view *logits,
                         int per_position, view *out, opdc_error *error);
 
+/* A number in [0, 1). */
+opdc_status check_uniform(double uniform, int64_t position, opdc_error *error);
 /* log2(e) / T must be a number, and so must the T-fold of the lowest exponent. */
 opdc_status check_temperature(double temperature, int is_double, opdc_error *error);
 

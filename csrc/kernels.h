@@ -56,6 +56,7 @@ typedef struct row_call {
   int student_mass, teacher_mass; /* wanted: the normaliser over the vocabulary */
   int log_ratio, reverse_kl, forward_kl,
       entropy; /* wanted, for the loss or as metrics; the KLs need the exact log-ratio */
+  int square;  /* wanted: the second moment of the log-ratio, for a blend */
   int overlap; /* wanted as a metric */
 } row_call;
 
@@ -142,6 +143,50 @@ static inline size_t kept_bytes(int64_t vocabulary, size_t number) {
   return ((size_t)vocabulary + block - 1) / block * (BLOCK_BYTES + KEPT_LINE);
 }
 
+/* The constants of a call of the samplers. */
+typedef struct sampling {
+  row_call row; /* types, vocabulary, temperature, and k: at most that many ids are kept, 0: all */
+  double top_p; /* of their mass; 1: all of it */
+  int64_t student_eos, teacher_eos; /* one id for both models: the student's; -1: they are */
+} sampling;
+
+/* One position. */
+typedef struct sampling_input {
+  const void *student, *teacher; /* no teacher: the student alone */
+  double epsilon;
+  int64_t draft;      /* drawn from the student; -1: none */
+  double uniforms[2]; /* to accept the draft, and to correct it; or the first to draw */
+} sampling_input;
+
+/* What comes out of a position: the columns of opdc.h, in their order. Then what the loop over rows
+ * asks. */
+typedef struct sampled {
+  double logprob, student_logprob, teacher_logprob;
+  double beta, student_kl, teacher_kl;
+  double accepted, valid;
+  double evaluations; /* passes that the search for beta took */
+  int64_t token;      /* -1: a row that is no distribution */
+  int coarse;         /* the log-ratios are so large that floats are too coarse for the budget */
+} sampled;
+
+/* What a thread has to itself: rows of V numbers of the arithmetic, and what belongs to the blocks
+ * of a row. */
+typedef struct sampling_workspace {
+  void *student, *teacher; /* copies of rows in the arithmetic's own type */
+  void *blend;             /* the logits of the blend */
+  void *kept;              /* kept_bytes(vocabulary) */
+  mass *student_blocks, *blend_blocks;
+  double *block_masses;
+  void *candidates; /* candidates_of(vocabulary, k) of them, or, to find the mass top_p, one
+                       `weighed` for each id */
+} sampling_workspace;
+
+/* An id in the search for the ids that have the mass top_p. */
+typedef struct weighed {
+  double value, weight;
+  int64_t id;
+} weighed;
+
 typedef struct row_kernels {
   /* everything that takes a pass over the row, and what follows from it without the other rows */
   void (*measure)(const row_call *call, const row_input *input, row *out, workspace *work);
@@ -157,6 +202,13 @@ typedef struct row_kernels {
   /* the k largest logits of a row, in order, into work->entries: ids and, as `student`, their
    * log-probs; fewer where there are no more ids; -1, and nothing written, for a NaN kind of row */
   int64_t (*topk)(const row_call *call, const void *logits, workspace *work);
+  /* a token from the student, from its blend with a teacher, or a draft that is accepted or put
+   * right */
+  void (*sample)(const sampling *call, const sampling_input *input, const sampling_workspace *work,
+                 sampled *out);
+  /* the logs of the whole blend, V numbers of `type`; no token */
+  void (*blend)(const sampling *call, const sampling_input *input, const sampling_workspace *work,
+                sampled *out, dtype type, void *logprobs);
   /* the gate of a block of positions, from its mean drift */
   double (*drift)(double mean, double kappa);
   /* to = factor * from */

@@ -7,14 +7,14 @@ static void measure_whole(const row_call *call, const row_input *input, row *out
                           const workspace *work) {
   const int by_student = call->support == OPDC_STUDENT,
             by_teacher = has_support(call) && !by_student;
-  candidate *student_tiles = by_student ? work->candidates : NULL,
-            *teacher_tiles = by_teacher ? work->candidates : NULL;
-  if (input->teacher && call->teacher_mass)
-    measure_pair(call, input, out, keeps_derivatives(call) ? NULL : work->kept, NULL, student_tiles,
-                 teacher_tiles);
+  const int with_teacher = input->teacher && call->teacher_mass;
+  const besides also = {.kept = with_teacher && keeps_derivatives(call) ? NULL : work->kept,
+                        .student_tiles = by_student ? work->candidates : NULL,
+                        .teacher_tiles = by_teacher ? work->candidates : NULL};
+  if (with_teacher)
+    (void)measure_pair(call, input, also, out);
   else
-    out->student =
-        measure_one(call, input->student, call->student_type, work->kept, NULL, student_tiles);
+    out->student = measure_one(call, input->student, call->student_type, also);
   if (1 + out->student.rest == 0)
     out->student.rest = NAN; /* no id that exists: a row without a loss */
   if (input->teacher && 1 + out->teacher.rest == 0) out->teacher.rest = NAN;
@@ -59,7 +59,7 @@ static void keep(const row_call *call, const row_input *input, const row *from, 
   } else if (keeps_derivatives(call)) {
     measure_mixture(call, input, &again, work->kept);
   } else {
-    (void)measure_one(call, input->student, call->student_type, work->kept, NULL, NULL);
+    (void)measure_one(call, input->student, call->student_type, (besides){.kept = work->kept});
   }
 }
 

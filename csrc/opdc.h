@@ -220,6 +220,61 @@ opdc_status opdc_topk(const DLTensor *logits, double temperature, int64_t valid_
                       const DLTensor *ids, const DLTensor *logprobs, int threads,
                       opdc_error *error);
 
+/* What a token is drawn from: the student, or the behaviour policy of a trust region (TRB, arXiv
+ * 2605.31159), its blend with a teacher
+ *
+ *   mu = p^(1 - beta) q^beta / Z,   the largest beta in [0, 1] with KL(mu, p) <= epsilon
+ *
+ * to a relative 1e-4 of epsilon. An id that one model excludes is none of mu's for beta > 0; where
+ * that alone exceeds the budget, and where no id is left, beta = 0 and mu = p. The whole mu is cut
+ * off after that: to its top_k first ids (the larger, of equal ones the lower id), and of those to
+ * the first ones that have the part top_p of their mass. The token is the first id, in the order
+ * of ids, whose cumulative mass exceeds uniform times the whole; never one of mass 0. */
+typedef struct opdc_sampling {
+  const DLTensor *student;  /* (..., V) logits */
+  const DLTensor *teacher;  /* (..., V) logits; NULL: the student alone */
+  const DLTensor *epsilon;  /* (...) floating, KL budgets in nats of at least 0; with a teacher */
+  const DLTensor *drafts;   /* (...) int64 or int32: tokens drawn from the student at the same
+                               temperature, not cut off, in blocks along the last position axis; each
+                               stands with probability min(1, mu / p), the first that does not is put
+                               right by a draw from (mu - p)_+, and the rest of its block is void: not
+                               read. So the tokens are distributed exactly as mu. NULL: none */
+  const DLTensor *uniforms; /* (...) floating in [0, 1), one for each draw; with drafts (..., 2):
+                               to accept, and to put right */
+  double temperature;
+  double top_p;                     /* in (0, 1] */
+  int64_t top_k;                    /* at least 1; 0: all ids */
+  int64_t valid_vocab;              /* as in opdc_call */
+  int64_t student_eos, teacher_eos; /* in both models the mass of the second goes to the first, and
+                                       a draft of the second counts as the first; -1 in both: no */
+  int threads;
+} opdc_sampling;
+
+/* What a position gives besides its token, in this order: log mu(token), of what is kept of mu;
+ * log p and log q of it, of all ids; beta; KL(mu, p) and KL(mu, q) of the whole mu; whether a draft
+ * stood, whether a position is not void (1 or 0); the passes that the search for beta took. NaN
+ * where there is no such number. */
+#define OPDC_SAMPLE_COLUMNS 9
+
+/* Draws a token for each position.
+ *
+ *   tokens  (...) int64; -1 for a NaN kind of row, in one of the models, and for a void one
+ *   columns (..., OPDC_SAMPLE_COLUMNS), dtype of the arithmetic
+ *
+ * Reads the rows once from memory, a blend three or four times more from the cache. The rows of
+ * V numbers that a thread has for itself: three for a blend, two more for other dtypes than that of
+ * the arithmetic and for eos, three for a top_p below 1. */
+opdc_status opdc_sample(const opdc_sampling *call, const DLTensor *tokens, const DLTensor *columns,
+                        opdc_error *error);
+
+/* The blend itself: log mu of all ids, -inf from valid_vocab on, NaN in a NaN kind of row.
+ *
+ *   logprobs (..., V), dtype of the arithmetic;  columns as above, without a token
+ *
+ * Does not read uniforms, drafts, top_k, top_p. */
+opdc_status opdc_blend(const opdc_sampling *call, const DLTensor *logprobs, const DLTensor *columns,
+                       opdc_error *error);
+
 /* Weights of positions by how far the policy has drifted from the one that wrote them, in blocks
  * of a sequence: exp(-kappa |mean of logprobs - old_logprobs over a block|), over its mean over all
  * active positions (blockwise gate, arXiv 2606.24084). Blocks start at the first active position.

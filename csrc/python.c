@@ -412,6 +412,82 @@ static PyObject *topk(PyObject *module, PyObject *const *arguments, Py_ssize_t c
   return failed ? NULL : none_or_error(status, &error);
 }
 
+/* The arguments of the samplers that go in: tensors, numbers, integers. */
+#define SAMPLING_SIGNATURE                                                                         \
+  "student, teacher, epsilon, drafts, uniforms, temperature, top_p, top_k, valid_vocab, "          \
+  "student_eos, teacher_eos, "
+enum { SAMPLING_TENSORS = 5, SAMPLING_ARGUMENTS = SAMPLING_TENSORS + 6 };
+
+static int read_sampling(const module_state *state, PyObject *const *arguments, borrowed *b,
+                         opdc_sampling *call) {
+  static const parameter TENSORS[] = {{"student", false, false},
+                                      {"teacher", true, false},
+                                      {"epsilon", true, false},
+                                      {"draft_tokens", true, false},
+                                      {"uniforms", true, false}};
+  long long integers[4];
+  call->temperature = PyFloat_AsDouble(arguments[SAMPLING_TENSORS]);
+  if (call->temperature == -1 && PyErr_Occurred()) return -1;
+  call->top_p = PyFloat_AsDouble(arguments[SAMPLING_TENSORS + 1]);
+  if (call->top_p == -1 && PyErr_Occurred()) return -1;
+  static const char *const NAMES[] = {"top_k", "valid_vocab", "student_eos", "teacher_eos"};
+  for (int i = 0; i < 4; i++)
+    if (read_integer(arguments[SAMPLING_TENSORS + 2 + i], NAMES[i], i < 2 ? 0 : -1, LLONG_MAX,
+                     &integers[i]) < 0)
+      return -1;
+  call->top_k = integers[0];
+  call->valid_vocab = integers[1];
+  call->student_eos = integers[2];
+  call->teacher_eos = integers[3];
+  if (borrow_all(state, arguments, TENSORS, SAMPLING_TENSORS, b) < 0) return -1;
+  call->student = view_of(&b->tensors[0]);
+  call->teacher = view_of(&b->tensors[1]);
+  call->epsilon = view_of(&b->tensors[2]);
+  call->drafts = view_of(&b->tensors[3]);
+  call->uniforms = view_of(&b->tensors[4]);
+  return 0;
+}
+
+typedef opdc_status sampler(const opdc_sampling *call, const DLTensor *first,
+                            const DLTensor *columns, opdc_error *error);
+
+static PyObject *run_sampler(PyObject *module, const char *name, sampler *run, const char *first,
+                             PyObject *const *arguments, Py_ssize_t count) {
+  const parameter outputs[] = {{first, false, true}, {"columns", false, true}};
+  if (expect_arguments(name, count, SAMPLING_ARGUMENTS + 3) < 0) return NULL;
+  const module_state *state = PyModule_GetState(module);
+  borrowed b = {.count = 0};
+  opdc_sampling call;
+  opdc_error error;
+  opdc_status status = OPDC_OK;
+  int failed = read_int(arguments[SAMPLING_ARGUMENTS + 2], "threads", 1, &call.threads) < 0 ||
+               read_sampling(state, arguments, &b, &call) < 0 ||
+               borrow_all(state, arguments + SAMPLING_ARGUMENTS, outputs, 2, &b) < 0;
+  if (!failed) {
+    const tensor *own = b.tensors + SAMPLING_TENSORS;
+    Py_BEGIN_ALLOW_THREADS status = run(&call, view_of(&own[0]), view_of(&own[1]), &error);
+    Py_END_ALLOW_THREADS
+  }
+  give_back(b.tensors, b.count);
+  return failed ? NULL : none_or_error(status, &error);
+}
+
+static const char SAMPLE_DOC[] =
+    "sample($module, " SAMPLING_SIGNATURE "tokens, columns, threads, /)\n--\n\n"
+    "Write a token for each position, and what belongs to it.";
+
+static PyObject *sample(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+  return run_sampler(module, "sample", opdc_sample, "tokens", arguments, count);
+}
+
+static const char BLEND_DOC[] =
+    "blend($module, " SAMPLING_SIGNATURE "logprobs, columns, threads, /)\n--\n\n"
+    "Write the log-probs of the blend of student and teacher, and what belongs to it.";
+
+static PyObject *blend(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+  return run_sampler(module, "blend", opdc_blend, "logprobs", arguments, count);
+}
+
 static const char DRIFT_GATE_DOC[] =
     "drift_gate($module, logprobs, old_logprobs, mask, weights, block, kappa, /)\n--\n\n"
     "Write weights.";
@@ -516,6 +592,7 @@ static int execute(PyObject *module) {
   Py_XDECREF(version);
   if (failed < 0 || PyModule_AddIntConstant(module, "ROW", OPDC_ROW) < 0 ||
       PyModule_AddIntConstant(module, "SETTINGS", OPDC_SETTINGS) < 0 ||
+      PyModule_AddIntConstant(module, "SAMPLE_COLUMNS", OPDC_SAMPLE_COLUMNS) < 0 ||
       PyModule_AddStringConstant(module, "__version__", OPDC_VERSION) < 0)
     return -1;
   return 0;
@@ -555,6 +632,8 @@ static PyMethodDef FUNCTIONS[] = {
      "metrics_of($module, method, teacher_logits, support, /)\n--\n\nThe names of the metrics that "
      "a loss computes, with or without the teacher's logits, on a support."},
     {"topk", FASTCALL(topk), TOPK_DOC},
+    {"sample", FASTCALL(sample), SAMPLE_DOC},
+    {"blend", FASTCALL(blend), BLEND_DOC},
     {"drift_gate", FASTCALL(drift_gate), DRIFT_GATE_DOC},
     {"instruction_set", instruction_set, METH_NOARGS,
      "instruction_set($module, /)\n--\n\nThe instruction set in use."},

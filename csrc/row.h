@@ -226,13 +226,6 @@ static mass exponentials(const row_call *call, real *x, int64_t start, int count
                        : exponentials_typed(x, start, count, maximum, T, ahead, e, 0);
 }
 
-/* The results of up to BATCH blocks. */
-typedef struct batch {
-  mass student[BATCH], teacher[BATCH];
-  double log_ratio[BATCH], reverse_kl[BATCH], forward_kl[BATCH];
-  int count;
-} batch;
-
 /* One mass out of many, and the weight of each relative to the largest logit of all. */
 static mass combine_masses(const mass *parts, int count, temperature T, real *weights) {
   mass whole = {-INFINITY, -1, 0, 0};
@@ -290,8 +283,12 @@ SPECIALISED lane log_ratio_of(lane x, lane y, difference at) {
  * was formed with is off by e, then sum (p - q) = 1 - exp(e) =: G, and the sums are corrected by
  * Bregman terms in G, which is about a rounding. */
 typedef struct kl_sums {
-  group reverse, forward, excess;
+  group reverse, forward, excess, square; /* square: of p d^2, where p > 0 */
 } kl_sums;
+static inline kl_sums no_kl_sums(void) {
+  const group zero = group_of(0);
+  return (kl_sums){zero, zero, zero, zero};
+}
 
 /* What is not wanted is not computed either: the compiler drops it. */
 SPECIALISED void kl_add(kl_sums *sums, int part, kl_terms terms, const int reverse,
@@ -301,25 +298,32 @@ SPECIALISED void kl_add(kl_sums *sums, int part, kl_terms terms, const int rever
   group_add(&sums->excess, part, terms.excess);
 }
 
+SPECIALISED void square_add(kl_sums *sums, int part, lane p, lane d) {
+  const lane square = lane_mul(lane_mul(p, d), d);
+  group_add(&sums->square, part, lane_keep(lane_less(lane_set(0), p), square));
+}
+
 typedef struct kl_result {
   double log_ratio, reverse_kl, forward_kl;
+  double square; /* mean of d^2 over p, if it was summed */
 } kl_result;
 
 static kl_result kl_finish(kl_sums sums, double total, double log_ratio) {
   const double G = (double)group_sum(sums.excess.part) / total, shift = SCALAR(log1p)(-G);
   const double reverse = (double)group_sum(sums.reverse.part) / total + (G + shift);
   const double forward = ((double)group_sum(sums.forward.part) / total - G) / (1 - G) - shift;
-  return (kl_result){log_ratio - shift, reverse < 0 ? 0 : reverse, forward < 0 ? 0 : forward};
+  return (kl_result){log_ratio - shift, reverse < 0 ? 0 : reverse, forward < 0 ? 0 : forward,
+                     (double)group_sum(sums.square.part) / total};
 }
 
 /* One model has no mass on the set, or a sum is NaN. Both without mass: a ratio that nobody weighs.
  */
 static kl_result kl_one_sided(mass student, mass teacher) {
   const double student_total = 1 + student.rest, teacher_total = 1 + teacher.rest;
-  if (student_total > 0 && teacher_total == 0) return (kl_result){INFINITY, INFINITY, 0};
-  if (student_total == 0 && teacher_total > 0) return (kl_result){-INFINITY, 0, INFINITY};
-  if (student_total == 0 && teacher_total == 0) return (kl_result){0, 0, 0};
-  return (kl_result){NAN, NAN, NAN};
+  if (student_total > 0 && teacher_total == 0) return (kl_result){INFINITY, INFINITY, 0, 0};
+  if (student_total == 0 && teacher_total > 0) return (kl_result){-INFINITY, 0, INFINITY, 0};
+  if (student_total == 0 && teacher_total == 0) return (kl_result){0, 0, 0, 0};
+  return (kl_result){NAN, NAN, NAN, NAN};
 }
 
 static inline double log_ratio_of_masses(mass student, mass teacher, real ratio, temperature T) {
@@ -328,27 +332,36 @@ static inline double log_ratio_of_masses(mass student, mass teacher, real ratio,
 
 SPECIALISED kl_sums kl_block_typed(const real *x, const real *y, const real *p, const real *q,
                                    int count, difference at, real ratio, const int masked,
-                                   const int reverse, const int forward) {
-  kl_sums sums = {group_of(0), group_of(0), group_of(0)};
+                                   const int reverse, const int forward, const int square) {
+  kl_sums sums = no_kl_sums();
   FOR_EACH_LANE(count) {
     const lane d = log_ratio_of(lane_load(x + i), lane_load(y + i), at);
     const kl_terms terms =
         kl_rule(lane_load(p + i), lane_mul(lane_load(q + i), lane_set(ratio)), d, masked);
     kl_add(&sums, part, terms, reverse, forward);
+    if (square) square_add(&sums, part, lane_load(p + i), d);
   }
   return sums;
 }
 
 static kl_sums kl_block(const row_call *call, const real *x, const real *y, const real *p,
                         const real *q, int count, difference at, real ratio, int masked) {
+  if (call->square) return kl_block_typed(x, y, p, q, count, at, ratio, 1, 1, 1, 1);
   if (masked || (call->reverse_kl && call->forward_kl))
-    return kl_block_typed(x, y, p, q, count, at, ratio, 1, 1, 1);
-  if (call->reverse_kl) return kl_block_typed(x, y, p, q, count, at, ratio, 0, 1, 0);
-  if (call->forward_kl) return kl_block_typed(x, y, p, q, count, at, ratio, 0, 0, 1);
-  return kl_block_typed(x, y, p, q, count, at, ratio, 0, 0, 0);
+    return kl_block_typed(x, y, p, q, count, at, ratio, 1, 1, 1, 0);
+  if (call->reverse_kl) return kl_block_typed(x, y, p, q, count, at, ratio, 0, 1, 0, 0);
+  if (call->forward_kl) return kl_block_typed(x, y, p, q, count, at, ratio, 0, 0, 1, 0);
+  return kl_block_typed(x, y, p, q, count, at, ratio, 0, 0, 0, 0);
 }
 
 static int is_finite(double x) { return x - x == 0; }
+
+/* The results of up to BATCH blocks. */
+typedef struct batch {
+  mass student[BATCH], teacher[BATCH];
+  kl_result divergence[BATCH];
+  int count;
+} batch;
 
 /* The blocks of a batch as if they were ids. */
 static void combine_batch(batch *parts, temperature T) {
@@ -363,10 +376,10 @@ static void combine_batch(batch *parts, temperature T) {
     const double total = 1 + student.rest;
     const real ratio = (real)(total / (1 + teacher.rest));
     const double log_ratio = log_ratio_of_masses(student, teacher, ratio, T);
-    kl_sums sums = {group_of(0), group_of(0), group_of(0)};
-    double reverse = 0, forward = 0;
+    kl_sums sums = no_kl_sums();
+    double reverse = 0, forward = 0, square = 0;
     for (int i = 0; i < padded(count); i++) {
-      d[i] = i < count ? (real)(parts->log_ratio[i] - log_ratio) : 0;
+      d[i] = i < count ? (real)(parts->divergence[i].log_ratio - log_ratio) : 0;
       if (i >= count) p[i] = q[i] = 0;
     }
     FOR_EACH_LANE(count)
@@ -376,19 +389,22 @@ static void combine_batch(batch *parts, temperature T) {
         1, 1);
     whole = kl_finish(sums, total, log_ratio);
     for (int i = 0; i < count; i++) {
-      if (p[i] > 0) reverse += (double)p[i] / total * parts->reverse_kl[i];
-      if (q[i] > 0) forward += (double)q[i] / (1 + teacher.rest) * parts->forward_kl[i];
+      const kl_result *part = &parts->divergence[i];
+      const double share = (double)p[i] / total, apart = (double)d[i];
+      if (p[i] > 0) reverse += share * part->reverse_kl;
+      if (q[i] > 0) forward += (double)q[i] / (1 + teacher.rest) * part->forward_kl;
+      if (p[i] > 0 && is_finite(apart)) /* d of an id is that in its block, and the block's */
+        square += share * (part->square + (2 * part->reverse_kl + apart) * apart);
     }
     whole.reverse_kl += reverse;
     whole.forward_kl += forward;
+    whole.square = square;
   } else {
     whole = kl_one_sided(student, teacher);
   }
   parts->student[0] = student;
   parts->teacher[0] = teacher;
-  parts->log_ratio[0] = whole.log_ratio;
-  parts->reverse_kl[0] = whole.reverse_kl;
-  parts->forward_kl[0] = whole.forward_kl;
+  parts->divergence[0] = whole;
   parts->count = 1;
 }
 
@@ -441,12 +457,17 @@ static extremes without(const support_entry *entries, int64_t count, int64_t sta
   return found;
 }
 
-/* Masses of both models, their log-ratio and both KL divergences: one read of each row. Without
- * the ids of `outside`, if it is given: the masses off its support. The maxima of tiles come along
- * for the model whose `tiles` are given. */
-static void measure_pair(const row_call *call, const row_input *input, row *out, void *kept,
-                         const workspace *outside, candidate *student_tiles,
-                         candidate *teacher_tiles) {
+/* What a pass is to do besides; what is NULL it does not. */
+typedef struct besides {
+  void *kept;                               /* keep the student's exponentials */
+  const workspace *outside;                 /* without the ids of its support */
+  candidate *student_tiles, *teacher_tiles; /* keep the maxima of the tiles */
+  mass *blocks;                             /* keep the masses of the student's blocks */
+} besides;
+
+/* Masses of both models, their log-ratio and both KL divergences: one read of each row. */
+static kl_result measure_pair(const row_call *call, const row_input *input, besides also,
+                              row *out) {
   const temperature T = temperature_of(call);
   block at;
   batch parts;
@@ -455,21 +476,22 @@ static void measure_pair(const row_call *call, const row_input *input, row *out,
     const int count = block_length(start, call->vocabulary), index = parts.count;
     extremes xs = gather(input->student, call->student_type, start, count, at.x);
     extremes ys = gather(input->teacher, call->teacher_type, start, count, at.y);
-    tile_maxima(at.x, start, count, student_tiles);
-    tile_maxima(at.y, start, count, teacher_tiles);
-    if (outside) {
-      xs = without(outside->entries, outside->count, start, count, at.x, xs);
-      ys = without(outside->entries, outside->count, start, count, at.y, ys);
+    tile_maxima(at.x, start, count, also.student_tiles);
+    tile_maxima(at.y, start, count, also.teacher_tiles);
+    if (also.outside) {
+      xs = without(also.outside->entries, also.outside->count, start, count, at.x, xs);
+      ys = without(also.outside->entries, also.outside->count, start, count, at.y, ys);
     }
-    real *p = kept ? kept_block(kept, start) : at.p;
+    real *p = also.kept ? kept_block(also.kept, start) : at.p;
     const mass student = exponentials(call, at.x, start, count, xs.maximum, T,
                                       block_after(input->student, call->student_type, start), p);
     const mass teacher = exponentials(call, at.y, start, count, ys.maximum, T,
                                       block_after(input->teacher, call->teacher_type, start), at.q);
     kl_result result;
-    if (kept) p[BLOCK] = xs.maximum;
+    if (also.kept) p[BLOCK] = xs.maximum;
+    if (also.blocks) also.blocks[start / BLOCK] = student;
     if (!call->log_ratio) {
-      result = (kl_result){0, 0, 0};
+      result = (kl_result){0, 0, 0, 0};
     } else if (1 + student.rest > 0 && 1 + teacher.rest > 0) {
       const double total = 1 + student.rest;
       const real ratio = (real)(total / (1 + teacher.rest));
@@ -486,23 +508,21 @@ static void measure_pair(const row_call *call, const row_input *input, row *out,
     }
     parts.student[index] = student;
     parts.teacher[index] = teacher;
-    parts.log_ratio[index] = result.log_ratio;
-    parts.reverse_kl[index] = result.reverse_kl;
-    parts.forward_kl[index] = result.forward_kl;
+    parts.divergence[index] = result;
     parts.count++;
     if (parts.count == BATCH) combine_batch(&parts, T);
   }
   combine_batch(&parts, T);
   out->student = parts.student[0];
   out->teacher = parts.teacher[0];
-  out->log_ratio = parts.log_ratio[0];
-  out->reverse_kl = parts.reverse_kl[0];
-  out->forward_kl = parts.forward_kl[0];
+  out->log_ratio = parts.divergence[0].log_ratio;
+  out->reverse_kl = parts.divergence[0].reverse_kl;
+  out->forward_kl = parts.divergence[0].forward_kl;
+  return parts.divergence[0];
 }
 
-/* One model alone; all as above. */
-static mass measure_one(const row_call *call, const void *logits, dtype type, void *kept,
-                        const workspace *outside, candidate *tiles) {
+/* One model alone, as the student. */
+static mass measure_one(const row_call *call, const void *logits, dtype type, besides also) {
   const temperature T = temperature_of(call);
   _Alignas(64) real x[BLOCK];
   _Alignas(64) real own[BLOCK];
@@ -512,12 +532,14 @@ static mass measure_one(const row_call *call, const void *logits, dtype type, vo
   for (int64_t start = 0; start < call->vocabulary; start += BLOCK) {
     const int count = block_length(start, call->vocabulary);
     extremes xs = gather(logits, type, start, count, x);
-    tile_maxima(x, start, count, tiles);
-    if (outside) xs = without(outside->entries, outside->count, start, count, x, xs);
-    real *e = kept ? kept_block(kept, start) : own;
-    if (kept) e[BLOCK] = xs.maximum;
-    parts[index++] =
+    tile_maxima(x, start, count, also.student_tiles);
+    if (also.outside) xs = without(also.outside->entries, also.outside->count, start, count, x, xs);
+    real *e = also.kept ? kept_block(also.kept, start) : own;
+    if (also.kept) e[BLOCK] = xs.maximum;
+    parts[index] =
         exponentials(call, x, start, count, xs.maximum, T, block_after(logits, type, start), e);
+    if (also.blocks) also.blocks[start / BLOCK] = parts[index];
+    index++;
     if (index == BATCH) {
       parts[0] = combine_masses(parts, index, T, weights);
       index = 1;

@@ -60,6 +60,10 @@ typedef float real;
 
 #include "gradient.h"
 
+#include "blend.h"
+
+#include "draw.h"
+
 #if OPDC_F64
 
 double SCALAR(exp)(double x) {
@@ -118,5 +122,7 @@ const row_kernels KERNELS = {.measure = measure,
                              .keep = keep,
                              .gradient = gradient,
                              .topk = topk,
+                             .sample = sample,
+                             .blend = blend,
                              .drift = KERNEL(drift),
                              .scale = scale};

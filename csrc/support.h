@@ -67,7 +67,8 @@ static inline double logprob_of(double z, const mass *of, double inverse) {
 }
 
 static int64_t topk(const row_call *call, const void *logits, workspace *work) {
-  const mass whole = measure_one(call, logits, call->student_type, NULL, NULL, work->candidates);
+  const mass whole =
+      measure_one(call, logits, call->student_type, (besides){.student_tiles = work->candidates});
   candidate *found;
   int64_t count = -1;
   if (whole.rest == whole.rest)
@@ -144,9 +145,10 @@ static support_tail tail_of(const row_call *call, const row_input *input, const 
   row outside = {0};
   support_tail tail;
   if (input->teacher)
-    measure_pair(call, input, &outside, NULL, work, NULL, NULL);
+    (void)measure_pair(call, input, (besides){.outside = work}, &outside);
   else
-    outside.student = measure_one(call, input->student, call->student_type, NULL, work, NULL);
+    outside.student =
+        measure_one(call, input->student, call->student_type, (besides){.outside = work});
   tail.student = logprob_of(outside.student.maximum, &whole->student, inverse) +
                  SCALAR(log1p)(outside.student.rest);
   if (!input->teacher) {

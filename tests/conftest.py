@@ -56,6 +56,8 @@ HAZARDS = {
     11: "gradient of the true class rounded early",
     12: "confident rows, underflow",
     13: "ties in top-K, order of NaN",
+    14: "boundaries of top-p",
+    15: "u = 0 or u → 1 draws an impossible id",
     16: "vocabularies of different sizes",
     17: "strides, alignment, non-contiguous upstream",
     18: "non-uniform upstream",

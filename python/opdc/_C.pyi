@@ -5,6 +5,7 @@ from typing import Final
 DLPACK_VERSION: Final[tuple[int, int]]
 ROW: Final[int]
 SETTINGS: Final[int]
+SAMPLE_COLUMNS: Final[int]
 __version__: Final[str]
 
 def loss(
@@ -77,6 +78,40 @@ def topk(
     valid_vocab: int,
     ids: object,
     logprobs: object,
+    threads: int,
+    /,
+) -> None: ...
+def sample(
+    student: object,
+    teacher: object | None,
+    epsilon: object | None,
+    drafts: object | None,
+    uniforms: object | None,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    valid_vocab: int,
+    student_eos: int,
+    teacher_eos: int,
+    tokens: object,
+    columns: object,
+    threads: int,
+    /,
+) -> None: ...
+def blend(
+    student: object,
+    teacher: object | None,
+    epsilon: object | None,
+    drafts: object | None,
+    uniforms: object | None,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    valid_vocab: int,
+    student_eos: int,
+    teacher_eos: int,
+    logprobs: object,
+    columns: object,
     threads: int,
     /,
 ) -> None: ...

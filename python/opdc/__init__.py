@@ -1,5 +1,6 @@
-"""Losses of on-policy distillation of language models: from student and teacher logits to a loss
-and its gradient, exact and in few passes over memory, on the CPU, for PyTorch.
+"""Losses and samplers of on-policy distillation of language models: from student and teacher logits
+to a loss and its gradient, or to a token, exact and in few passes over memory, on the CPU, for
+PyTorch.
 
 >>> import opdc, torch
 >>> student = torch.randn(2, 5, 100, requires_grad=True)  # (batch, sequence, vocabulary)
@@ -31,16 +32,33 @@ from .functional import (
     topk,
     tropd,
 )
+from .sampling import (
+    Blend,
+    BlendSample,
+    BlendVerify,
+    Sample,
+    blend,
+    blend_sample,
+    blend_verify,
+    sample,
+)
 from .schedules import BlendBudget, PrefixLength
 from .support import TopK
 from .weighting import drift_gate, special_token_mask
 
 __all__ = [
+    "Blend",
     "BlendBudget",
+    "BlendSample",
+    "BlendVerify",
     "PrefixLength",
+    "Sample",
     "TopK",
     "__version__",
     "aopd",
+    "blend",
+    "blend_sample",
+    "blend_verify",
     "drift_gate",
     "entropy",
     "eopd",
@@ -54,6 +72,7 @@ __all__ = [
     "nn",
     "reopold",
     "reverse_kl",
+    "sample",
     "skew_kl",
     "special_token_mask",
     "token_logprobs",

@@ -67,6 +67,14 @@ _CALL = ", ".join(
 _REDUCTION = len(TENSORS) + 2  # its place among the arguments after the student
 _ARGUMENTS = len(TENSORS) + 2 + len(INTEGERS) + 1  # those of _CALL
 
+SAMPLING_TENSORS = ("teacher", "epsilon", "draft_tokens", "uniforms")
+# What a sampler is called with, in that order. `numbers` holds the temperature and top_p; top_k and
+# valid_vocab are 0 where there are none, the ids of eos_map −1.
+_SAMPLING = (
+    "Tensor student, Tensor? teacher, Tensor? epsilon, Tensor? drafts, Tensor? uniforms, "
+    "Tensor numbers, SymInt top_k, SymInt valid_vocab, SymInt student_eos, SymInt teacher_eos"
+)
+
 _library = torch.library.Library("opdc", "DEF")
 for _schema in (
     f"loss(Tensor student, {_CALL}, bool with_gradient, bool with_metrics)"
@@ -77,6 +85,8 @@ for _schema in (
     "scale(Tensor gradient, Tensor upstream) -> Tensor",
     "topk(Tensor logits, SymInt k, Tensor temperature, SymInt valid_vocab)"
     " -> (Tensor ids, Tensor logprobs)",
+    f"sample({_SAMPLING}) -> (Tensor tokens, Tensor columns)",
+    f"blend({_SAMPLING}) -> (Tensor logprobs, Tensor columns)",
     "drift_gate(Tensor logprobs, Tensor old_logprobs, Tensor? mask, int block, Tensor kappa)"
     " -> Tensor",
     "scale_(Tensor(a!) gradient, Tensor upstream) -> ()",
@@ -86,12 +96,16 @@ for _schema in (
 # Loosely typed: their arguments are passed on as they come.
 _core_loss: Callable[..., None] = _C.loss
 _core_gradient: Callable[..., None] = _C.gradient
+_core_sample: Callable[..., None] = _C.sample
+_core_blend: Callable[..., None] = _C.blend
 _loss_operator: Callable[..., tuple[Tensor, ...]] = torch.ops.opdc.loss.default
 _loss_inplace_operator: Callable[..., tuple[Tensor, ...]] = torch.ops.opdc.loss_.default
 _gradient_operator: Callable[..., Tensor] = torch.ops.opdc.gradient.default
 _scale_operator: Callable[..., Tensor] = torch.ops.opdc.scale.default
 _scale_inplace_operator: Callable[..., None] = torch.ops.opdc.scale_.default
 _topk_operator: Callable[..., tuple[Tensor, Tensor]] = torch.ops.opdc.topk.default
+_sample_operator: Callable[..., tuple[Tensor, Tensor]] = torch.ops.opdc.sample.default
+_blend_operator: Callable[..., tuple[Tensor, Tensor]] = torch.ops.opdc.blend.default
 _drift_gate_operator: Callable[..., Tensor] = torch.ops.opdc.drift_gate.default
 
 
@@ -181,9 +195,11 @@ def _overwritten(tensor: Tensor) -> None:
         torch.autograd.graph.increment_version(tensor)
 
 
-def _check_devices(student: Tensor, tensors: Sequence[Tensor | None]) -> None:
+def _check_devices(
+    student: Tensor, tensors: Sequence[Tensor | None], names: Sequence[str] = TENSORS
+) -> None:
     """Beside a meta tensor, fake kernels run for real: they would return uninitialised memory."""
-    for name, tensor in zip(TENSORS, tensors, strict=False):
+    for name, tensor in zip(names, tensors, strict=False):
         if tensor is not None and tensor.device != student.device:
             raise TypeError(
                 f"{name} is on {tensor.device} but student is on {student.device}: "
@@ -236,6 +252,52 @@ def _topk_cpu(
     return ids, logprobs
 
 
+def _sampled(student: Tensor, tensors: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Empty tokens and columns of a sampler."""
+    double = student.dtype is torch.float64 or (
+        tensors[0] is not None and tensors[0].dtype is torch.float64
+    )
+    positions = student.shape[:-1]
+    columns = student.new_empty(
+        (*positions, _C.SAMPLE_COLUMNS), dtype=torch.float64 if double else torch.float32
+    )
+    return student.new_empty(positions, dtype=torch.int64), columns
+
+
+def _blended(student: Tensor, tensors: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Empty log-probs and columns of a blend."""
+    _, columns = _sampled(student, tensors)
+    return columns.new_empty(student.shape), columns
+
+
+def _sample_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    _check_devices(student, arguments, SAMPLING_TENSORS)
+    return _sampled(student, arguments)
+
+
+def _blend_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    _check_devices(student, arguments, SAMPLING_TENSORS)
+    return _blended(student, arguments)
+
+
+def _sampling_in_order(student: Tensor, arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """The arguments of a sampler as the C core takes them."""
+    *tensors, numbers = arguments[:5]
+    return student, *tensors, *numbers.tolist(), *arguments[5:]
+
+
+def _sample_cpu(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    outputs = _sampled(student, arguments)
+    _core_sample(*_sampling_in_order(student, arguments), *outputs, torch.get_num_threads())
+    return outputs
+
+
+def _blend_cpu(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    outputs = _blended(student, arguments)
+    _core_blend(*_sampling_in_order(student, arguments), *outputs, torch.get_num_threads())
+    return outputs
+
+
 def _drift_gate_fake(
     logprobs: Tensor, old_logprobs: Tensor, mask: Tensor | None, block: int, kappa: Tensor
 ) -> Tensor:
@@ -262,6 +324,8 @@ for _name, _cpu, _fake in (
     ("scale", _scale_cpu, _scale_fake),
     ("scale_", _scale_inplace_cpu, _scale_inplace_fake),
     ("topk", _topk_cpu, _topk_fake),
+    ("sample", _sample_cpu, _sample_fake),
+    ("blend", _blend_cpu, _blend_fake),
     ("drift_gate", _drift_gate_cpu, _drift_gate_fake),
 ):
     _library.impl(_name, _cpu, "CPU")
@@ -553,6 +617,16 @@ def loss(
 def topk(logits: Tensor, k: int, temperature: Tensor, valid_vocab: int) -> tuple[Tensor, Tensor]:
     """Ids and log-probs."""
     return _topk_operator(logits, k, temperature, valid_vocab)
+
+
+def sample(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Tokens and the columns that opdc.h lists."""
+    return _sample_operator(student, *arguments)
+
+
+def blend(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Log-probs of the blend, and the columns."""
+    return _blend_operator(student, *arguments)
 
 
 def drift_gate(

@@ -745,6 +745,217 @@ static void test_topk(void) {
   }
 }
 
+/* --- Samplers -----------------------------------------------------------------------------------
+ */
+
+/* How a token is drawn. */
+typedef struct drawing {
+  double epsilon; /* below 0: no teacher */
+  int64_t top_k;
+  double top_p;
+  int with_eos, with_drafts;
+} drawing;
+
+/* mu of a row at a beta, in the textbook's form; beta < 0: the student itself. */
+static void blend_of(const problem *p, int64_t row, long double beta, int with_eos,
+                     long double *log_mu, long double *log_p, long double *log_q) {
+  long double largest = -INFINITY, total = 0;
+  const int aligned = with_eos && p->width > 1;
+  for (int which = 0; which < 2; which++) {
+    long double *to = which ? log_q : log_p;
+    memcpy(to, p->models[which ? TEACHER : STUDENT].logprobs + row * p->width,
+           (size_t)p->width * sizeof *to);
+    if (!aligned) continue;
+    to[0] = logl(expl(to[0]) + expl(to[p->width - 1]));
+    to[p->width - 1] = -INFINITY;
+  }
+  for (int64_t j = 0; j < p->width; j++) {
+    log_mu[j] = beta > 0 ? (1 - beta) * log_p[j] + beta * log_q[j] : log_p[j];
+    if (isnan(log_mu[j])) log_mu[j] = -INFINITY;
+    largest = fmaxl(largest, log_mu[j]);
+  }
+  for (int64_t j = 0; j < p->width; j++) total += expl(log_mu[j] - largest);
+  for (int64_t j = 0; j < p->width; j++) log_mu[j] -= largest + logl(total);
+}
+
+/* What is left of mu, renormalised. */
+static void cut(const drawing *how, int64_t width, long double *log_mu, candidate *order) {
+  int64_t kept = how->top_k && how->top_k < width ? how->top_k : width, last = 0;
+  long double total = 0, sum = 0;
+  for (int64_t j = 0; j < width; j++) order[j] = (candidate){(double)log_mu[j], j};
+  qsort(order, (size_t)width, sizeof *order, by_rank);
+  for (int64_t j = 0; j < kept; j++) total += expl(log_mu[order[j].id]);
+  while (last < kept && (how->top_p == 1 || sum < (long double)how->top_p * total))
+    sum += expl(log_mu[order[last++].id]);
+  for (int64_t j = last; j < width; j++) log_mu[order[j].id] = -INFINITY;
+  for (int64_t j = 0; j < width; j++) log_mu[j] -= logl(sum);
+}
+
+/* Whether `id` is where the cumulative mass exceeds u, up to a rounding of the mass. */
+static int is_drawn(const long double *mass, int64_t width, long double total, long double u,
+                    int64_t id) {
+  long double before = 0;
+  const long double slack = 1e-5L;
+  if (id < 0 || id >= width || !(mass[id] > 0)) return 0;
+  for (int64_t j = 0; j < id; j++) before += mass[j] / total;
+  return before <= u + slack && before + mass[id] / total >= u - slack;
+}
+
+static void test_drawing(problem *p, const drawing *how) {
+  const int is_double =
+      p->student_type == dtype_f64 || (how->epsilon >= 0 && p->teacher_type == dtype_f64);
+  const dtype result = is_double ? dtype_f64 : dtype_f32;
+  tensor student, teacher, epsilon, drafts, uniforms, tokens, columns;
+  opdc_error error;
+  int64_t found[2][ROWS];
+  double budgets[ROWS], draws[2 * ROWS], numbers[2][ROWS * OPDC_SAMPLE_COLUMNS];
+  long double *log_mu = buffer(p->width), *log_p = buffer(p->width), *log_q = buffer(p->width);
+  candidate *order = buffer(p->width);
+  for (int i = 0; i < ROWS; i++) budgets[i] = how->epsilon * (1 + i);
+  for (int i = 0; i < 2 * ROWS; i++)
+    draws[i] = i % 7 == 3 ? 0 : i % 7 == 5 ? 1 - 0x1p-53 : uniform();
+  for (int many = 0; many < 2; many++) {
+    const opdc_sampling call = {
+        .student =
+            shaped(&student, p->student, types[p->student_type], 2, ROWS, p->width, p->stride),
+        .teacher = how->epsilon < 0 ? NULL
+                                    : shaped(&teacher, p->teacher, types[p->teacher_type], 2, ROWS,
+                                             p->width, p->stride),
+        .epsilon =
+            how->epsilon < 0 ? NULL : shaped(&epsilon, budgets, types[dtype_f64], 1, ROWS, 0, 1),
+        .drafts = how->with_drafts
+                      ? shaped(&drafts, p->tokens, (DLDataType){kDLInt, 64, 1}, 1, ROWS, 0, 1)
+                      : NULL,
+        .uniforms = how->with_drafts ? shaped(&uniforms, draws, types[dtype_f64], 2, ROWS, 2, 2)
+                                     : shaped(&uniforms, draws, types[dtype_f64], 1, ROWS, 0, 1),
+        .temperature = p->settings.temperature,
+        .top_p = how->top_p,
+        .top_k = how->top_k,
+        .student_eos = how->with_eos && p->width > 1 ? 0 : -1,
+        .teacher_eos = how->with_eos && p->width > 1 ? p->width - 1 : -1,
+        .threads = many ? 4 : 1};
+    memset(numbers[many], 0, sizeof numbers[many]);
+    const opdc_status status =
+        opdc_sample(&call, shaped(&tokens, found[many], (DLDataType){kDLInt, 64, 1}, 1, ROWS, 0, 1),
+                    shaped(&columns, numbers[many], types[result], 2, ROWS, OPDC_SAMPLE_COLUMNS,
+                           OPDC_SAMPLE_COLUMNS),
+                    &error);
+    CHECK(status == OPDC_OK, "%s", error.message);
+  }
+  CHECK(memcmp(found[0], found[1], sizeof found[0]) == 0 &&
+            memcmp(numbers[0], numbers[1], sizeof numbers[0]) == 0,
+        "draws of %d ids with 4 threads", (int)p->width);
+  int is_void = 0;
+  for (int64_t row = 0; row < ROWS; row++) {
+    double at[OPDC_SAMPLE_COLUMNS];
+    for (int i = 0; i < OPDC_SAMPLE_COLUMNS; i++) {
+      at[i] = load_element(numbers[0], result, row * OPDC_SAMPLE_COLUMNS + i);
+      add_to_hash(at[i]);
+    }
+    const int64_t id = found[0][row];
+    add_to_hash((double)id);
+    CHECK((at[7] == 0) == is_void, "a void row");
+    if (is_void) {
+      CHECK(id == -1 && isnan(at[0]), "a void row has the token %d", (int)id);
+      continue;
+    }
+    is_void = how->with_drafts && at[6] == 0;
+    CHECK(id >= 0 && id < p->width, "row %d of %d ids has the token %d", (int)row, (int)p->width,
+          (int)id);
+    if (id < 0 || id >= p->width) continue;
+    blend_of(p, row, how->epsilon < 0 ? -1 : (long double)at[3], how->with_eos, log_mu, log_p,
+             log_q);
+    if (how->epsilon >= 0) {
+      long double kl[2] = {0, 0};
+      for (int64_t j = 0; j < p->width; j++) {
+        if (!(log_mu[j] > -INFINITY)) continue;
+        kl[0] += expl(log_mu[j]) * (log_mu[j] - log_p[j]);
+        kl[1] += expl(log_mu[j]) * (log_mu[j] - log_q[j]);
+      }
+      for (int i = 0; i < 2; i++)
+        CHECK(fabsl(kl[i] - (long double)at[4 + i]) <= 2e-6L * kl[i] + 1e-12L,
+              "KL %d at beta %g: %g, want %Lg", i, at[3], at[4 + i], kl[i]);
+      CHECK(kl[0] <= (long double)budgets[row] * (1 + 1e-4L) + 1e-15L,
+            "a KL of %Lg, the budget is %g", kl[0], budgets[row]);
+      CHECK(at[3] == 0 || at[3] == 1 || kl[0] >= (long double)budgets[row] * (1 - 1e-4L),
+            "a KL of %Lg under the budget %g", kl[0], budgets[row]);
+      CHECK((budgets[row] == 0) == (at[3] == 0), "beta %g with the budget %g", at[3], budgets[row]);
+      CHECK(fabsl((long double)at[2] - log_q[id]) <= 4e-7L * (1 - log_q[id]), "log q");
+    }
+    CHECK(fabsl((long double)at[1] - log_p[id]) <= 4e-7L * (1 - log_p[id]), "log p");
+    cut(how, p->width, log_mu, order);
+    CHECK(fabsl((long double)at[0] - log_mu[id]) <= 2e-6L * (1 - log_mu[id]),
+          "log mu of %d: %g, want %Lg", (int)id, at[0], log_mu[id]);
+    const long double *u = NULL;
+    long double draw = (long double)draws[row], total = 0;
+    for (int64_t j = 0; j < p->width; j++) log_mu[j] = expl(log_mu[j]);
+    u = log_mu;
+    if (how->with_drafts) {
+      const int64_t draft = how->with_eos && p->tokens[row] == p->width - 1 ? 0 : p->tokens[row];
+      const long double ratio = log_mu[draft] / expl(log_p[draft]);
+      draw = (long double)draws[2 * row + 1];
+      if (fabsl((long double)draws[2 * row] - ratio) > 1e-5L)
+        CHECK((at[6] != 0) == ((long double)draws[2 * row] < ratio), "a ratio of %Lg", ratio);
+      if (at[6] != 0) {
+        CHECK(id == draft, "an accepted draft is changed");
+        continue;
+      }
+      for (int64_t j = 0; j < p->width; j++) log_mu[j] = fmaxl(0, log_mu[j] - expl(log_p[j]));
+    }
+    for (int64_t j = 0; j < p->width; j++) total += u[j];
+    if (total > 1e-3L) CHECK(is_drawn(u, p->width, total, draw, id), "id %d at %Lg", (int)id, draw);
+  }
+  free(log_mu);
+  free(log_p);
+  free(log_q);
+  free(order);
+}
+
+static void test_samplers(void) {
+  static const int64_t widths[] = {1, 17, 1025, WIDEST};
+  static const drawing ways[] = {
+      {-1, 0, 1, 0, 0},       {-1, 5, 1, 0, 0},    {-1, 0, 0.7, 0, 0},    {-1, 40, 0.8, 0, 0},
+      {0, 0, 1, 0, 0},        {0.003, 0, 1, 0, 0}, {0.05, 30, 0.9, 1, 0}, {0.4, 0, 0.95, 0, 0},
+      {INFINITY, 0, 1, 1, 0}, {0.02, 0, 1, 0, 1},  {0.3, 0, 1, 1, 1},     {0.1, 0, 0.9, 0, 1},
+  };
+  for (int i = 0; i < 8; i++) {
+    problem p = make(widths[i / 2], i % 2 ? (dtype)(i / 2 % 4) : dtype_f32,
+                     i % 2 ? (dtype)((i / 2 + 1) % 4) : dtype_f32, 2, 1, i % 4 == 1);
+    for (size_t j = 0; j < sizeof ways / sizeof ways[0]; j++) test_drawing(&p, &ways[j]);
+    release(&p);
+  }
+}
+
+/* Logits so far apart that floats cannot meet a budget; equal ones; a row that is none. */
+static void test_hard_draws(void) {
+  enum { IDS = 6 };
+  float z[] = {0, -900, -1700, 0, 3, 1, 7, 7, 7, 7, 7, 7, 0, NAN, 0, 0, 0, 0};
+  float t[] = {-1500, 0, -3, 40, 3, 2, 7, 7, 7, 7, 7, 7, 0, 0, 0, 0, 0, 0}, numbers[27];
+  double budgets[] = {0.01, 1, 1}, draws[] = {0.999, 0.5, 0.5};
+  int64_t found[3];
+  tensor student, teacher, epsilon, uniforms, tokens, columns;
+  opdc_error error;
+  const opdc_sampling call = {.student = shaped(&student, z, types[dtype_f32], 2, 3, IDS, IDS),
+                              .teacher = shaped(&teacher, t, types[dtype_f32], 2, 3, IDS, IDS),
+                              .epsilon = shaped(&epsilon, budgets, types[dtype_f64], 1, 3, 0, 1),
+                              .uniforms = shaped(&uniforms, draws, types[dtype_f64], 1, 3, 0, 1),
+                              .temperature = 1,
+                              .top_p = 0.5,
+                              .student_eos = -1,
+                              .teacher_eos = -1,
+                              .threads = 1};
+  const opdc_status status = opdc_sample(
+      &call, shaped(&tokens, found, (DLDataType){kDLInt, 64, 1}, 1, 3, 0, 1),
+      shaped(&columns, numbers, types[dtype_f32], 2, 3, OPDC_SAMPLE_COLUMNS, OPDC_SAMPLE_COLUMNS),
+      &error);
+  CHECK(status == OPDC_OK, "%s", error.message);
+  CHECK(fabsf(numbers[4] - 0.01F) <= 1e-6F, "a KL of %g", (double)numbers[4]);
+  CHECK(found[1] == 1 && numbers[9 + 3] == 1 && numbers[9 + 5] == 0, "equal models: token %d",
+        (int)found[1]);
+  CHECK(found[2] == -1 && isnan(numbers[18]), "a row with NaN gave %d", (int)found[2]);
+  for (int i = 0; i < 18; i++) add_to_hash((double)numbers[i]);
+}
+
 /* Against a sort. */
 static void test_take_largest(void) {
   for (int64_t count = 1; count <= 400; count += 1 + count / 2)
@@ -954,6 +1165,8 @@ int main(void) {
   test_values();
   test_identical_models();
   test_topk();
+  test_samplers();
+  test_hard_draws();
   test_take_largest();
   test_drift_gate();
   test_poisoned_rows();

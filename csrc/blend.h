@@ -1,0 +1,181 @@
+/* The behaviour policy of a trust region (TRB, arXiv 2605.31159):
+ *
+ *   mu = p^(1 - beta) q^beta / Z,   the largest beta in [0, 1] with KL(mu, p) <= epsilon
+ *
+ * With r = log q - log p, and d = log mu - log p = beta r - log Z,
+ *
+ *   KL(mu, p) = sum mu d,   d KL / d beta = beta Var_mu r = Var_mu d / beta >= 0
+ *
+ * so that one pass at a beta gives the divergence and its slope. The divergence is summed in
+ * Bregman form, as every other one, so that small budgets lose nothing by cancellation.
+ */
+#ifndef OPDC_BLEND_H
+#define OPDC_BLEND_H
+
+#define BUDGET_TOLERANCE 5e-5 /* of epsilon; half of what is promised */
+#define EVALUATIONS 60        /* more than a bisection of floats takes */
+/* mean d^2 over KL, from which on floats are too coarse: their relative error of mu is d 2^-24,
+ * that of the divergence this ratio times 2^-24 */
+#define COARSE 100
+
+/* A student and a teacher, both in numbers of the arithmetic, with what was measured of them. */
+typedef struct blend_rows {
+  const real *student, *teacher;
+  row whole;                  /* both masses, and both divergences of one from the other */
+  kl_result divergence;       /* of the student from the teacher */
+  const void *kept;           /* the student's exponentials */
+  const mass *student_blocks; /* and the masses of its blocks */
+} blend_rows;
+
+typedef struct blend_result {
+  mass whole;
+  double kl;     /* from the model that it is compared with */
+  double square; /* mean of d^2 */
+} blend_result;
+
+/* What a blend is compared with. */
+typedef enum reference { reference_student, reference_teacher } reference;
+
+/* x = (1 - beta) (z - largest z) + beta (t - largest t): without the offsets of the models, whose
+ * digits x cannot hold. 0 times -inf is no number, which max() turns into -inf: an id that one
+ * model excludes is none of the blend's. */
+SPECIALISED lane blend_rule(lane z, lane t, lane student_share, lane beta) {
+  return lane_max(lane_fma(beta, t, lane_mul(student_share, z)), lane_set(-(real)INFINITY));
+}
+
+static inline lane depth(const real *x, int i, lane maximum) {
+  return lane_sub(lane_load(x + i), maximum);
+}
+
+/* The blend at beta and its divergence from a model, in one pass. Its logits and the masses of its
+ * blocks are kept where there is a place for them. */
+static blend_result measure_blend(const row_call *call, const blend_rows *rows, double beta,
+                                  reference with, besides also, real *blend) {
+  const temperature T = temperature_of(call);
+  const lane student_maximum = lane_set((real)rows->whole.student.maximum),
+             teacher_maximum = lane_set((real)rows->whole.teacher.maximum);
+  const real student_share = (real)(1 - beta);
+  /* log mu - log of the model is this times (t - largest t) - (z - largest z), and a constant */
+  const real slope =
+      with == reference_student ? (real)beta * T.inverse : -student_share * T.inverse;
+  _Alignas(64) real student_copy[BLOCK];
+  block at;
+  batch parts;
+  parts.count = 0;
+  for (int64_t start = 0; start < call->vocabulary; start += BLOCK) {
+    const int count = block_length(start, call->vocabulary), index = parts.count;
+    const real *z = block_at(rows->student, NATIVE, start, count, student_copy);
+    const extremes ys = gather(rows->teacher, NATIVE, start, count, at.y);
+    const next_block ahead = block_after(rows->student, NATIVE, start);
+    lane largest = lane_set(-(real)INFINITY);
+    for (int i = 0; i < padded(count); i += LANES) {
+      const lane x = blend_rule(depth(z, i, student_maximum), depth(at.y, i, teacher_maximum),
+                                lane_set(student_share), lane_set((real)beta));
+      largest = lane_max(x, largest);
+      lane_store(at.x + i, x);
+    }
+    if (blend) memcpy(blend + start, at.x, (size_t)count * sizeof(real));
+    tile_maxima(at.x, start, count, also.student_tiles);
+    const mass mine = exponentials(call, at.x, start, count, lane_maximum(largest), T, ahead, at.p);
+    if (also.blocks) also.blocks[start / BLOCK] = mine;
+    mass other;
+    const real *q = at.q;
+    if (with == reference_student) {
+      other = rows->student_blocks[start / BLOCK];
+      other.maximum -= rows->whole.student.maximum;
+      q = kept_block(rows->kept, start);
+    } else {
+      other = exponentials(call, at.y, start, count, ys.maximum, T, ahead, at.q);
+      other.maximum -= rows->whole.teacher.maximum;
+    }
+    kl_result result;
+    if (1 + mine.rest > 0 && 1 + other.rest > 0) {
+      const double total = 1 + mine.rest;
+      const real ratio = (real)(total / (1 + other.rest));
+      const double log_ratio = log_ratio_of_masses(mine, other, ratio, T);
+      const real high = (real)log_ratio, low = (real)(log_ratio - (double)high);
+      kl_sums sums = no_kl_sums();
+      FOR_EACH_LANE(count) {
+        const lane apart = lane_sub(depth(at.y, i, teacher_maximum), depth(z, i, student_maximum));
+        const lane d = lane_sub(lane_fma(apart, lane_set(slope), lane_set(-high)), lane_set(low));
+        const lane p = lane_load(at.p + i);
+        kl_add(&sums, part, kl_rule(p, lane_mul(lane_load(q + i), lane_set(ratio)), d, 1), 1, 0);
+        if (with == reference_student) square_add(&sums, part, p, d);
+      }
+      result = kl_finish(sums, total, log_ratio);
+    } else {
+      result = kl_one_sided(mine, other);
+    }
+    parts.student[index] = mine;
+    parts.teacher[index] = other;
+    parts.divergence[index] = result;
+    parts.count++;
+    if (parts.count == BATCH) combine_batch(&parts, T);
+  }
+  combine_batch(&parts, T);
+  return (blend_result){parts.student[0], parts.divergence[0].reverse_kl,
+                        parts.divergence[0].square};
+}
+
+/* The largest beta within the budget, as a number of the arithmetic, and its KL(mu, p).
+ *
+ * Newton's method on log KL against log beta, where a quadratic is a straight line, inside a
+ * bracket. The bracket is halved where a step leaves it, and where two steps have not halved the
+ * distance: where an id comes in at once, KL is like a stair, and Newton steps to and fro over it.
+ * `least` is what KL is at once for any beta > 0: what the student loses of its mass by ids that
+ * the teacher excludes. */
+static void solve(const row_call *call, const blend_rows *rows, double epsilon, sampled *out) {
+  const double variance = rows->divergence.square - rows->whole.reverse_kl * rows->whole.reverse_kl;
+  double low = 0, high = 1, low_kl = 0, least = 0, before = INFINITY, last = INFINITY;
+  double at_one = rows->whole.forward_kl; /* mu = q, if the student excludes nothing of q */
+  out->beta = out->student_kl = 0;
+  if (epsilon == 0) return;
+  if (rows->whole.reverse_kl == INFINITY) {
+    const blend_result none = measure_blend(call, rows, 0, reference_student, (besides){0}, NULL);
+    out->evaluations++;
+    least = low_kl = none.kl;
+    if (1 + none.whole.rest == 0 || !(least <= epsilon)) return;
+  }
+  if (at_one == INFINITY) {
+    at_one = measure_blend(call, rows, 1, reference_student, (besides){0}, NULL).kl;
+    out->evaluations++;
+  }
+  if (at_one <= epsilon) {
+    out->beta = 1;
+    out->student_kl = at_one;
+    return;
+  }
+  double beta = SCALAR(exp)(SCALAR(log)(2 * (epsilon - least) / variance) / 2);
+  if (!(beta > 0 && beta < 1)) beta = 0.5;
+  while (out->evaluations < EVALUATIONS) {
+    beta = (double)(real)beta;
+    const blend_result here =
+        measure_blend(call, rows, beta, reference_student, (besides){0}, NULL);
+    const double over = here.kl - least, spread = here.square - here.kl * here.kl;
+    const double distance = SCALAR(log)((epsilon - least) / over);
+    const int is_met = fabs(here.kl - epsilon) <= BUDGET_TOLERANCE * epsilon;
+    out->evaluations++;
+    out->coarse = !(here.square <= COARSE * here.kl);
+    if (here.kl <= epsilon || is_met) {
+      low = beta;
+      low_kl = here.kl;
+    } else {
+      high = beta;
+    }
+    if (is_met || (out->coarse && !call->is_double)) break;
+    const int is_slow = !(fabs(distance) <= before / 2);
+    before = last;
+    last = fabs(distance);
+    beta *= SCALAR(exp)(distance * (over / spread));
+    if (is_slow || !((real)beta > (real)low && (real)beta < (real)high))
+      beta = low + (high - low) / 2;
+    if ((real)beta == (real)low || (real)beta == (real)high) { /* no number is between them */
+      out->coarse = 1;
+      break;
+    }
+  }
+  out->beta = low;
+  out->student_kl = low_kl;
+}
+
+#endif
