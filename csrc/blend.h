@@ -18,23 +18,21 @@
  * that of the divergence this ratio times 2^-24 */
 #define COARSE 100
 
-/* A student and a teacher, both in numbers of the arithmetic, with what was measured of them. */
-typedef struct blend_rows {
-  const real *student, *teacher;
-  row whole;                  /* both masses, and both divergences of one from the other */
-  kl_result divergence;       /* of the student from the teacher */
-  const void *kept;           /* the student's exponentials */
-  const mass *student_blocks; /* and the masses of its blocks */
-} blend_rows;
+enum { MODEL_STUDENT, MODEL_TEACHER, MODELS };
+
+/* A model in numbers of the arithmetic, and what was measured of it. */
+typedef struct measured {
+  const real *logits;
+  mass whole;
+  const mass *blocks;
+  const void *kept; /* its exponentials */
+} measured;
 
 typedef struct blend_result {
   mass whole;
   double kl;     /* from the model that it is compared with */
   double square; /* mean of d^2 */
 } blend_result;
-
-/* What a blend is compared with. */
-typedef enum reference { reference_student, reference_teacher } reference;
 
 /* x = (1 - beta) (z - largest z) + beta (t - largest t): without the offsets of the models, whose
  * digits x cannot hold. 0 times -inf is no number, which max() turns into -inf: an id that one
@@ -47,29 +45,33 @@ static inline lane depth(const real *x, int i, lane maximum) {
   return lane_sub(lane_load(x + i), maximum);
 }
 
-/* The blend at beta and its divergence from a model, in one pass. Its logits and the masses of its
- * blocks are kept where there is a place for them. */
-static blend_result measure_blend(const row_call *call, const blend_rows *rows, double beta,
-                                  reference with, besides also, real *blend) {
+/* The blend at beta and its divergence from a model, in one pass. Its logits and, as the student's,
+ * the maxima of its tiles and the masses of its blocks are kept where there is a place for them. */
+static blend_result measure_blend(const row_call *call, const measured models[MODELS], double beta,
+                                  int reference, besides also, real *blend) {
   const temperature T = temperature_of(call);
-  const lane student_maximum = lane_set((real)rows->whole.student.maximum),
-             teacher_maximum = lane_set((real)rows->whole.teacher.maximum);
+  const measured *student = &models[MODEL_STUDENT], *teacher = &models[MODEL_TEACHER];
+  const lane student_maximum = lane_set((real)student->whole.maximum),
+             teacher_maximum = lane_set((real)teacher->whole.maximum);
   const real student_share = (real)(1 - beta);
-  /* log mu - log of the model is this times (t - largest t) - (z - largest z), and a constant */
+  /* log mu - log of the model is this times z - t, and a constant. Of z and t only what they differ
+   * by at large is taken away, not their maxima: so z - t is exact where the models agree. */
   const real slope =
-      with == reference_student ? (real)beta * T.inverse : -student_share * T.inverse;
-  _Alignas(64) real student_copy[BLOCK];
+      reference == MODEL_STUDENT ? -(real)beta * T.inverse : student_share * T.inverse;
+  const difference offsets = difference_of(student->whole.maximum, teacher->whole.maximum, 0, T);
+  const double shift = student->whole.maximum - teacher->whole.maximum -
+                       (double)(offsets.student_offset - offsets.teacher_offset);
   block at;
   batch parts;
   parts.count = 0;
   for (int64_t start = 0; start < call->vocabulary; start += BLOCK) {
     const int count = block_length(start, call->vocabulary), index = parts.count;
-    const real *z = block_at(rows->student, NATIVE, start, count, student_copy);
-    const extremes ys = gather(rows->teacher, NATIVE, start, count, at.y);
-    const next_block ahead = block_after(rows->student, NATIVE, start);
+    const real *z = block_at(student->logits, NATIVE, start, count, at.y);
+    const real *t = block_at(teacher->logits, NATIVE, start, count, at.q);
+    const next_block ahead = block_after(teacher->logits, NATIVE, start);
     lane largest = lane_set(-(real)INFINITY);
     for (int i = 0; i < padded(count); i += LANES) {
-      const lane x = blend_rule(depth(z, i, student_maximum), depth(at.y, i, teacher_maximum),
+      const lane x = blend_rule(depth(z, i, student_maximum), depth(t, i, teacher_maximum),
                                 lane_set(student_share), lane_set((real)beta));
       largest = lane_max(x, largest);
       lane_store(at.x + i, x);
@@ -77,30 +79,25 @@ static blend_result measure_blend(const row_call *call, const blend_rows *rows, 
     if (blend) memcpy(blend + start, at.x, (size_t)count * sizeof(real));
     tile_maxima(at.x, start, count, also.student_tiles);
     const mass mine = exponentials(call, at.x, start, count, lane_maximum(largest), T, ahead, at.p);
-    if (also.blocks) also.blocks[start / BLOCK] = mine;
-    mass other;
-    const real *q = at.q;
-    if (with == reference_student) {
-      other = rows->student_blocks[start / BLOCK];
-      other.maximum -= rows->whole.student.maximum;
-      q = kept_block(rows->kept, start);
-    } else {
-      other = exponentials(call, at.y, start, count, ys.maximum, T, ahead, at.q);
-      other.maximum -= rows->whole.teacher.maximum;
-    }
+    if (also.student_blocks) also.student_blocks[start / BLOCK] = mine;
+    mass other = models[reference].blocks[start / BLOCK];
+    const real *q = kept_block(models[reference].kept, start);
     kl_result result;
+    other.maximum -= models[reference].whole.maximum;
     if (1 + mine.rest > 0 && 1 + other.rest > 0) {
       const double total = 1 + mine.rest;
       const real ratio = (real)(total / (1 + other.rest));
       const double log_ratio = log_ratio_of_masses(mine, other, ratio, T);
-      const real high = (real)log_ratio, low = (real)(log_ratio - (double)high);
+      const double constant = log_ratio + (double)slope * shift;
+      const real high = (real)constant, low = (real)(constant - (double)high);
       kl_sums sums = no_kl_sums();
       FOR_EACH_LANE(count) {
-        const lane apart = lane_sub(depth(at.y, i, teacher_maximum), depth(z, i, student_maximum));
+        const lane apart = lane_sub(depth(z, i, lane_set(offsets.student_offset)),
+                                    depth(t, i, lane_set(offsets.teacher_offset)));
         const lane d = lane_sub(lane_fma(apart, lane_set(slope), lane_set(-high)), lane_set(low));
         const lane p = lane_load(at.p + i);
         kl_add(&sums, part, kl_rule(p, lane_mul(lane_load(q + i), lane_set(ratio)), d, 1), 1, 0);
-        if (with == reference_student) square_add(&sums, part, p, d);
+        square_add(&sums, part, p, d);
       }
       result = kl_finish(sums, total, log_ratio);
     } else {
@@ -124,20 +121,21 @@ static blend_result measure_blend(const row_call *call, const blend_rows *rows, 
  * distance: where an id comes in at once, KL is like a stair, and Newton steps to and fro over it.
  * `least` is what KL is at once for any beta > 0: what the student loses of its mass by ids that
  * the teacher excludes. */
-static void solve(const row_call *call, const blend_rows *rows, double epsilon, sampled *out) {
-  const double variance = rows->divergence.square - rows->whole.reverse_kl * rows->whole.reverse_kl;
+static void solve(const row_call *call, const measured models[MODELS], kl_result apart,
+                  double epsilon, sampled *out) {
+  const double variance = apart.square - apart.reverse_kl * apart.reverse_kl;
   double low = 0, high = 1, low_kl = 0, least = 0, before = INFINITY, last = INFINITY;
-  double at_one = rows->whole.forward_kl; /* mu = q, if the student excludes nothing of q */
+  double at_one = apart.forward_kl; /* mu = q, if the student excludes nothing of q */
   out->beta = out->student_kl = 0;
   if (epsilon == 0) return;
-  if (rows->whole.reverse_kl == INFINITY) {
-    const blend_result none = measure_blend(call, rows, 0, reference_student, (besides){0}, NULL);
+  if (apart.reverse_kl == INFINITY) {
+    const blend_result none = measure_blend(call, models, 0, MODEL_STUDENT, (besides){0}, NULL);
     out->evaluations++;
     least = low_kl = none.kl;
     if (1 + none.whole.rest == 0 || !(least <= epsilon)) return;
   }
   if (at_one == INFINITY) {
-    at_one = measure_blend(call, rows, 1, reference_student, (besides){0}, NULL).kl;
+    at_one = measure_blend(call, models, 1, MODEL_STUDENT, (besides){0}, NULL).kl;
     out->evaluations++;
   }
   if (at_one <= epsilon) {
@@ -149,8 +147,7 @@ static void solve(const row_call *call, const blend_rows *rows, double epsilon, 
   if (!(beta > 0 && beta < 1)) beta = 0.5;
   while (out->evaluations < EVALUATIONS) {
     beta = (double)(real)beta;
-    const blend_result here =
-        measure_blend(call, rows, beta, reference_student, (besides){0}, NULL);
+    const blend_result here = measure_blend(call, models, beta, MODEL_STUDENT, (besides){0}, NULL);
     const double over = here.kl - least, spread = here.square - here.kl * here.kl;
     const double distance = SCALAR(log)((epsilon - least) / over);
     const int is_met = fabs(here.kl - epsilon) <= BUDGET_TOLERANCE * epsilon;

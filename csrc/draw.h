@@ -102,30 +102,33 @@ static double source_block(const source *from, int64_t start, int count, real *w
   return (double)group_sum(sum.part);
 }
 
-/* The first id, in their order, with a weight and a cumulative mass above uniform times the total.
- * Where rounding lets none have it, the last one with a weight. -1: there is none. */
-static int64_t draw(const source *from, const double *block_masses, double total, double uniform) {
-  const int64_t vocabulary = from->of->vocabulary;
-  const double target = uniform * total;
+/* The first id of a block with a weight and a cumulative mass above the target, from `sum` on; the
+ * last one with a weight where there is none; -1 where all weights are 0. */
+static int64_t draw_in_block(const source *from, int64_t start, double sum, double target) {
   _Alignas(64) real weights[BLOCK];
-  double before = 0, sum = 0;
-  int64_t chosen = -1, id = -1;
-  for (int64_t start = 0; start < vocabulary && !(sum > target); start += BLOCK) {
-    if (!(block_masses[start / BLOCK] > 0)) continue;
-    chosen = start;
-    before = sum;
-    sum += block_masses[start / BLOCK];
-  }
-  if (chosen < 0) return -1;
-  sum = before;
-  const int count = block_length(chosen, vocabulary);
-  (void)source_block(from, chosen, count, weights);
-  for (int i = 0; i < count; i++) {
+  const int count = block_length(start, from->of->vocabulary);
+  int64_t id = -1;
+  (void)source_block(from, start, count, weights);
+  for (int i = 0; i < count && !(id >= 0 && sum > target); i++) {
     if (!(weights[i] > 0)) continue;
-    id = chosen + i;
+    id = start + i;
     sum += (double)weights[i];
-    if (sum > target) break;
   }
+  return id;
+}
+
+/* The first id, in their order, with a weight and a cumulative mass above uniform times the total;
+ * where rounding lets none have it, the last one with a weight. -1: there is none. */
+static int64_t draw(const source *from, const double *block_masses, double total, double uniform) {
+  const int64_t last = (from->of->vocabulary - 1) / BLOCK;
+  const double target = uniform * total;
+  double sum = 0;
+  int64_t id = -1;
+  for (int64_t block = 0; block <= last && id < 0; sum += block_masses[block++])
+    if (block_masses[block] > 0 && sum + block_masses[block] > target)
+      id = draw_in_block(from, block * BLOCK, sum, target);
+  for (int64_t block = last; block >= 0 && id < 0; block--)
+    if (block_masses[block] > 0) id = draw_in_block(from, block * BLOCK, 0, INFINITY);
   return id;
 }
 
@@ -277,12 +280,11 @@ static const real *native_row(const sampling *call, const void *logits, dtype ty
   return to;
 }
 
-/* The student's law and, of a blend, the teacher's mass and the law of the blend. 0: a row that is
+/* The student's law and, of a blend, the teacher and the law of the blend. 0: a row that is
  * no distribution. */
 typedef struct laws {
   law student, behaviour;
-  const real *teacher; /* NULL: none */
-  mass teacher_mass;
+  measured teacher; /* its logits are NULL where there is none */
 } laws;
 
 static int find_laws(const sampling *call, const sampling_input *input,
@@ -298,11 +300,11 @@ static int find_laws(const sampling *call, const sampling_input *input,
   to->token = -1;
   to->coarse = 0;
   out->student = out->behaviour = common;
-  out->teacher = NULL;
+  out->teacher.logits = NULL;
   if (!input->teacher) {
     const mass whole =
         measure_one(&pair, input->student, pair.student_type,
-                    (besides){.student_tiles = tiles, .blocks = work->student_blocks});
+                    (besides){.student_tiles = tiles, .student_blocks = work->student_blocks});
     out->student.logits = input->student;
     out->student.type = pair.student_type;
     out->student.whole = whole;
@@ -311,30 +313,33 @@ static int find_laws(const sampling *call, const sampling_input *input,
     return 1 + whole.rest > 0;
   }
 
-  blend_rows rows = {.student = native_row(call, input->student, pair.student_type, work->student),
-                     .teacher = native_row(call, input->teacher, pair.teacher_type, work->teacher),
-                     .kept = work->kept,
-                     .student_blocks = work->student_blocks};
-  const row_input both = {.student = rows.student, .teacher = rows.teacher};
+  const row_input both = {
+      .student = native_row(call, input->student, pair.student_type, work->student),
+      .teacher = native_row(call, input->teacher, pair.teacher_type, work->teacher)};
+  const besides also = {.kept = work->kept,
+                        .teacher_kept = work->teacher_kept,
+                        .student_tiles = tiles,
+                        .student_blocks = work->student_blocks,
+                        .teacher_blocks = work->teacher_blocks};
+  row whole;
   pair.student_type = pair.teacher_type = NATIVE;
-  rows.divergence = measure_pair(
-      &pair, &both,
-      (besides){.kept = work->kept, .student_tiles = tiles, .blocks = work->student_blocks},
-      &rows.whole);
-  out->teacher = rows.teacher;
-  out->teacher_mass = rows.whole.teacher;
-  out->student.logits = rows.student;
+  const kl_result apart = measure_pair(&pair, &both, also, &whole);
+  const measured models[MODELS] = {
+      {both.student, whole.student, work->student_blocks, work->kept},
+      {both.teacher, whole.teacher, work->teacher_blocks, work->teacher_kept}};
+  out->teacher = models[MODEL_TEACHER];
+  out->student.logits = both.student;
   out->student.type = NATIVE;
-  out->student.whole = rows.whole.student;
+  out->student.whole = whole.student;
   out->student.blocks = work->student_blocks;
   out->behaviour = out->student;
-  if (!(1 + rows.whole.student.rest > 0 && 1 + rows.whole.teacher.rest > 0)) return 0;
-  solve(&pair, &rows, input->epsilon, to);
-  to->teacher_kl = rows.whole.reverse_kl;
+  if (!(1 + whole.student.rest > 0 && 1 + whole.teacher.rest > 0)) return 0;
+  solve(&pair, models, apart, input->epsilon, to);
+  to->teacher_kl = apart.reverse_kl;
   if (to->beta == 0) return 1;
+  const besides of_blend = {.student_tiles = tiles, .student_blocks = work->blend_blocks};
   const blend_result found =
-      measure_blend(&pair, &rows, to->beta, reference_teacher,
-                    (besides){.student_tiles = tiles, .blocks = work->blend_blocks}, work->blend);
+      measure_blend(&pair, models, to->beta, MODEL_TEACHER, of_blend, work->blend);
   to->teacher_kl = found.kl;
   out->behaviour.logits = work->blend;
   out->behaviour.whole = found.whole;
@@ -377,8 +382,12 @@ static void sample(const sampling *call, const sampling_input *input,
       }
       out->token = draw(&from, work->block_masses, total, input->uniforms[1]);
       if (out->token < 0) { /* the laws are the same but for a rounding */
-        out->token = input->draft;
-        out->accepted = 1;
+        out->accepted = keeps(&at.behaviour, input->draft, x);
+        from.minus = NULL;
+        (void)weigh(&at.behaviour, work->block_masses);
+        out->token = out->accepted != 0
+                         ? input->draft
+                         : draw(&from, work->block_masses, from.of_total, input->uniforms[1]);
       }
     }
   } else {
@@ -387,8 +396,9 @@ static void sample(const sampling *call, const sampling_input *input,
   }
   out->logprob = logprob_of(logit_of(&at.behaviour, out->token), &kept, inverse);
   out->student_logprob = logprob_of(logit_of(&at.student, out->token), &at.student.whole, inverse);
-  if (at.teacher)
-    out->teacher_logprob = logprob_of((double)at.teacher[out->token], &at.teacher_mass, inverse);
+  if (at.teacher.logits)
+    out->teacher_logprob =
+        logprob_of((double)at.teacher.logits[out->token], &at.teacher.whole, inverse);
 }
 
 static void blend(const sampling *call, const sampling_input *input, const sampling_workspace *work,

@@ -172,10 +172,10 @@ typedef struct sampled {
 /* What a thread has to itself: rows of V numbers of the arithmetic, and what belongs to the blocks
  * of a row. */
 typedef struct sampling_workspace {
-  void *student, *teacher; /* copies of rows in the arithmetic's own type */
-  void *blend;             /* the logits of the blend */
-  void *kept;              /* kept_bytes(vocabulary) */
-  mass *student_blocks, *blend_blocks;
+  void *student, *teacher;   /* copies of rows in the arithmetic's own type */
+  void *blend;               /* the logits of the blend */
+  void *kept, *teacher_kept; /* kept_bytes(vocabulary) each */
+  mass *student_blocks, *teacher_blocks, *blend_blocks;
   double *block_masses;
   void *candidates; /* candidates_of(vocabulary, k) of them, or, to find the mass top_p, one
                        `weighed` for each id */

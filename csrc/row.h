@@ -459,10 +459,10 @@ static extremes without(const support_entry *entries, int64_t count, int64_t sta
 
 /* What a pass is to do besides; what is NULL it does not. */
 typedef struct besides {
-  void *kept;                               /* keep the student's exponentials */
-  const workspace *outside;                 /* without the ids of its support */
-  candidate *student_tiles, *teacher_tiles; /* keep the maxima of the tiles */
-  mass *blocks;                             /* keep the masses of the student's blocks */
+  const workspace *outside;                 /* leave out the ids of its support */
+  void *kept, *teacher_kept;                /* keep the exponentials, */
+  candidate *student_tiles, *teacher_tiles; /* the maxima of the tiles, */
+  mass *student_blocks, *teacher_blocks;    /* and the masses of the blocks */
 } besides;
 
 /* Masses of both models, their log-ratio and both KL divergences: one read of each row. */
@@ -485,11 +485,13 @@ static kl_result measure_pair(const row_call *call, const row_input *input, besi
     real *p = also.kept ? kept_block(also.kept, start) : at.p;
     const mass student = exponentials(call, at.x, start, count, xs.maximum, T,
                                       block_after(input->student, call->student_type, start), p);
+    real *q = also.teacher_kept ? kept_block(also.teacher_kept, start) : at.q;
     const mass teacher = exponentials(call, at.y, start, count, ys.maximum, T,
-                                      block_after(input->teacher, call->teacher_type, start), at.q);
+                                      block_after(input->teacher, call->teacher_type, start), q);
     kl_result result;
     if (also.kept) p[BLOCK] = xs.maximum;
-    if (also.blocks) also.blocks[start / BLOCK] = student;
+    if (also.student_blocks) also.student_blocks[start / BLOCK] = student;
+    if (also.teacher_blocks) also.teacher_blocks[start / BLOCK] = teacher;
     if (!call->log_ratio) {
       result = (kl_result){0, 0, 0, 0};
     } else if (1 + student.rest > 0 && 1 + teacher.rest > 0) {
@@ -501,7 +503,7 @@ static kl_result measure_pair(const row_call *call, const row_input *input, besi
                            fmin((double)xs.minimum, (double)ys.minimum);
       /* -inf, or logits so far apart that their difference over T is: 0 times it is not 0 */
       const int masked = !(reach * (double)T.inverse < 1e38);
-      const kl_sums sums = kl_block(call, at.x, at.y, p, at.q, count, apart, ratio, masked);
+      const kl_sums sums = kl_block(call, at.x, at.y, p, q, count, apart, ratio, masked);
       result = kl_finish(sums, total, log_ratio);
     } else {
       result = kl_one_sided(student, teacher);
@@ -538,7 +540,7 @@ static mass measure_one(const row_call *call, const void *logits, dtype type, be
     if (also.kept) e[BLOCK] = xs.maximum;
     parts[index] =
         exponentials(call, x, start, count, xs.maximum, T, block_after(logits, type, start), e);
-    if (also.blocks) also.blocks[start / BLOCK] = parts[index];
+    if (also.student_blocks) also.student_blocks[start / BLOCK] = parts[index];
     index++;
     if (index == BATCH) {
       parts[0] = combine_masses(parts, index, T, weights);

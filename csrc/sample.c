@@ -142,6 +142,8 @@ static sampling_workspace lay_out(const sampling_plan *at, char *base, size_t *s
     PART(teacher, ids * number);
     PART(blend, ids * number);
     PART(kept, kept_bytes(of->vocabulary, number));
+    PART(teacher_kept, kept_bytes(of->vocabulary, number));
+    PART(teacher_blocks, blocks * sizeof(mass));
     PART(blend_blocks, blocks * sizeof(mass));
   }
   PART(student_blocks, blocks * sizeof(mass));

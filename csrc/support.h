@@ -63,7 +63,7 @@ static int64_t largest(const void *logits, dtype type, int64_t vocabulary, int64
 /* log of the probability of an id with the logit z */
 static inline double logprob_of(double z, const mass *of, double inverse) {
   const double log_total = SCALAR(log1p)(of->rest);
-  return z == of->maximum ? -log_total : (z - of->maximum) * inverse - log_total;
+  return (z == of->maximum ? 0 : (z - of->maximum) * inverse) - log_total;
 }
 
 static int64_t topk(const row_call *call, const void *logits, workspace *work) {
