@@ -58,7 +58,16 @@ PUBLISHED = f"{ALL_PUBLISHED}::test_value_and_gradient"
 PUBLISHED_METRICS = f"{ALL_PUBLISHED}::test_metrics_are_unweighted_sums_over_active_positions"
 EDGES = f"{ALL_PUBLISHED}::test_gates_at_their_very_edge"
 
+SAMPLING = "test_sampling.py"
+BLENDING = "test_blend.py"
+VERIFYING = "test_blend_verify.py"
+GENERATING = "test_hf.py"
+BAD_SAMPLING = "test_bad_sampling.py"
+
 RULES = "csrc/rules.h"
+BLEND = "csrc/blend.h"
+DRAW = "csrc/draw.h"
+SAMPLE = "csrc/sample.c"
 ROW = "csrc/row.h"
 CALL = "csrc/call.c"
 MIXTURE = "csrc/mixture.h"
@@ -76,6 +85,9 @@ FUNCTIONS = "python/opdc/functional.py"
 MODULES = "python/opdc/nn.py"
 WEIGHTING = "python/opdc/weighting.py"
 SCHEDULES = "python/opdc/schedules.py"
+SAMPLERS = "python/opdc/sampling.py"
+GENERATION = "python/opdc/hf/generation.py"
+TRANSCRIPT = "python/opdc/hf/transcript.py"
 
 MUTATIONS = (
     # ------------------------------------------------------------- formulas
@@ -487,8 +499,8 @@ MUTATIONS = (
     Mutation(
         "tiles_of_the_other_model",
         MEASURE,
-        "candidate *student_tiles = by_student ? work->candidates : NULL,",
-        "candidate *student_tiles = by_teacher ? work->candidates : NULL,",
+        ".student_tiles = by_student ? work->candidates : NULL,",
+        ".student_tiles = by_teacher ? work->candidates : NULL,",
         (ON_SUPPORT,),
     ),
     Mutation(
@@ -764,8 +776,8 @@ MUTATIONS = (
     Mutation(
         "uniforms_of_the_prefix_checked",
         CALL,
-        "    if (!is_active(out, i) || is_prefix(out, i)) continue;\n    uniform",
-        "    if (!is_active(out, i)) continue;\n    uniform",
+        "    if (!is_active(out, i) || is_prefix(out, i)) continue;\n    TRY",
+        "    if (!is_active(out, i)) continue;\n    TRY",
         (
             f"{ALL_PUBLISHED}::test_prefix_positions_read_neither_teacher_nor_old_logprobs"
             "_nor_uniforms",
@@ -1068,6 +1080,233 @@ MUTATIONS = (
         "        if self.temperature is not None:\n            temperature =",
         "        if temperature is None:\n            temperature =",
         (BOUNDARY,),
+    ),
+    # ------------------------------------------------------------- blends
+    Mutation("blend_loose_budget", BLEND, "TOLERANCE 5e-5", "TOLERANCE 5e-3", (C_TESTS,)),
+    Mutation(
+        "blend_excluded_ids",
+        BLEND,
+        "lane_max(lane_fma(beta, t, lane_mul(student_share, z)), lane_set(-(real)INFINITY))",
+        "lane_fma(beta, t, lane_mul(student_share, z))",
+        (BLENDING,),
+    ),
+    Mutation(
+        "blend_support_ignored", BLEND, "|| !(least <= epsilon)) return;", ") return;", (BLENDING,)
+    ),
+    Mutation("blend_without_a_common_id", BLEND, "1 + none.whole.rest == 0 ||", "", (BLENDING,)),
+    Mutation(
+        "blend_coarse_floats",
+        BLEND,
+        "out->coarse = !(here.square <= COARSE * here.kl);",
+        "",
+        (C_TESTS,),
+    ),
+    Mutation("blend_without_halving", BLEND, "if (is_slow || !(", "if (!(", (C_TESTS,)),
+    Mutation(
+        "blend_offset_lost", BLEND, "log_ratio + (double)slope * shift", "log_ratio", (C_TESTS,)
+    ),
+    Mutation(
+        "blend_rounded_difference",
+        BLEND,
+        "depth(z, i, lane_set(offsets.student_offset))",
+        "depth(z, i, lane_set((real)(offsets.student_offset + 0.1f)))",
+        (C_TESTS,),
+    ),
+    Mutation(
+        "blend_teacher_slope",
+        BLEND,
+        ": student_share * T.inverse;",
+        ": (real)beta * T.inverse;",
+        (C_TESTS,),
+    ),
+    Mutation(
+        "blend_temperature_twice",
+        DRAW,
+        "lane_set(from->T.inverse)",
+        "lane_set(from->T.inverse * from->T.inverse)",
+        (BLENDING,),
+    ),
+    Mutation(
+        "blend_beyond_valid_vocab",
+        DRAW,
+        "fill(-INFINITY, type, call->row.vocabulary",
+        "fill(0, type, call->row.vocabulary",
+        (BLENDING,),
+    ),
+    Mutation(
+        "blend_undefined_teacher",
+        DRAW,
+        "&& 1 + whole.teacher.rest > 0)) return 0;",
+        ")) return 0;",
+        (BLENDING,),
+    ),
+    Mutation(
+        "blend_second_moment",
+        ROW,
+        "square += share * (part->square + (2 * part->reverse_kl + apart) * apart);",
+        "square += share * part->square;",
+        (C_TESTS,),
+    ),
+    Mutation("eos_stays", DRAW, "  logits[call->teacher_eos] = -(real)INFINITY;\n", "", (C_TESTS,)),
+    Mutation("eos_is_the_larger", DRAW, "if (low > -INFINITY) both =", "if (0) both =", (C_TESTS,)),
+    # ------------------------------------------------------------- draws
+    Mutation(
+        "draw_tie_beyond_the_last",
+        DRAW,
+        "start + i > of->last) weights[i] = 0;",
+        "start + i > of->last + 1) weights[i] = 0;",
+        (SAMPLING,),
+    ),
+    Mutation(
+        "draw_without_the_largest", DRAW, "  if (has_largest) weights[at] = 1;\n", "", (C_TESTS,)
+    ),
+    Mutation(
+        "draw_cut_block",
+        DRAW,
+        "of->blocks[start / BLOCK].maximum < of->least",
+        "of->blocks[start / BLOCK].maximum <= of->least",
+        (SAMPLING,),
+    ),
+    Mutation(
+        "draw_at_the_boundary",
+        DRAW,
+        "!(id >= 0 && sum > target)",
+        "!(id >= 0 && sum >= target)",
+        (SAMPLING,),
+    ),
+    Mutation("draw_impossible_id", DRAW, "    if (!(weights[i] > 0)) continue;\n", "", (SAMPLING,)),
+    Mutation(
+        "draw_without_a_last_id",
+        DRAW,
+        "for (int64_t block = last; block >= 0 && id < 0; block--)",
+        "for (int64_t block = last; block > last; block--)",
+        (SAMPLING, VERIFYING),
+    ),
+    Mutation(
+        "top_p_of_top_k_boundary",
+        DRAW,
+        "if (sum >= top_p * total) break;",
+        "if (sum > top_p * total) break;",
+        (SAMPLING,),
+    ),
+    Mutation(
+        "top_p_boundary",
+        DRAW,
+        "if (above >= target) break;",
+        "if (above > target) break;",
+        (SAMPLING,),
+    ),
+    Mutation(
+        "top_p_bin_boundary",
+        DRAW,
+        "if (before >= target) break;",
+        "if (before > target) break;",
+        (SAMPLING,),
+    ),
+    Mutation("top_p_unsorted", DRAW, "if (!sorted) qsort(", "if (0) qsort(", (C_TESTS,)),
+    Mutation("top_p_next_digit", DRAW, "all[left++] = all[i];", "all[left] = all[i];", (C_TESTS,)),
+    Mutation(
+        "logprob_not_renormalised", DRAW, ".rest = at.behaviour.is_cut ?", ".rest = 0 ?", (C_TESTS,)
+    ),
+    Mutation(
+        "top_k_one_more",
+        SAMPLE,
+        "call->top_k < out->constants.row.vocabulary ? call->top_k :",
+        "call->top_k < out->constants.row.vocabulary ? call->top_k + 1 :",
+        (C_TESTS,),
+    ),
+    # ------------------------------------------------------------- drafts
+    Mutation(
+        "draft_ratio_upside_down",
+        DRAW,
+        "SCALAR(exp)(mine - drafted)",
+        "SCALAR(exp)(drafted - mine)",
+        (C_TESTS,),
+    ),
+    Mutation(
+        "draft_put_right_by_mu",
+        DRAW,
+        "lane_max(lane_sub(mine, other), lane_set(0))",
+        "mine",
+        (C_TESTS,),
+    ),
+    Mutation("draft_cut_off", DRAW, "keeps(&at.behaviour, input->draft, x) &&", "", (VERIFYING,)),
+    Mutation(
+        "draft_after_a_rejection",
+        SAMPLE,
+        "is_void |= at->drafts.tensor && out.accepted == 0;",
+        "is_void |= 0;",
+        (C_TESTS,),
+    ),
+    Mutation(
+        "draft_of_the_teachers_eos",
+        SAMPLE,
+        "if (input.draft == at->constants.teacher_eos)",
+        "if (0)",
+        (VERIFYING,),
+    ),
+    Mutation(
+        "draft_out_of_range",
+        SAMPLE,
+        "token >= out->constants.row.vocabulary)",
+        "token > out->constants.row.vocabulary)",
+        (BAD_SAMPLING,),
+    ),
+    Mutation(
+        "epsilon_not_a_number", SAMPLE, "if (!(epsilon >= 0))", "if (epsilon < 0)", (BAD_SAMPLING,)
+    ),
+    Mutation(
+        "top_p_of_nothing", SAMPLE, "!(call->top_p > 0 &&", "!(call->top_p >= 0 &&", (BAD_SAMPLING,)
+    ),
+    Mutation(
+        "uniform_of_one",
+        CHECK,
+        "uniform >= 0 && uniform < 1",
+        "uniform >= 0 && uniform <= 1",
+        (BAD_SAMPLING,),
+    ),
+    Mutation(
+        "generator_ignored",
+        SAMPLERS,
+        "device=logits.device, generator=generator)",
+        "device=logits.device)",
+        (SAMPLING,),
+    ),
+    # ------------------------------------------------------------- generate
+    Mutation(
+        "cache_dropped_silently",
+        TRANSCRIPT,
+        "if cache is not None and not _holds(cache, self.read):",
+        "if False:",
+        (GENERATING,),
+    ),
+    Mutation(
+        "rejected_drafts_are_seen",
+        GENERATION,
+        "            transcript.hide(rejected)\n",
+        "            pass\n",
+        (GENERATING,),
+    ),
+    Mutation(
+        "positions_of_the_slots",
+        TRANSCRIPT,
+        "(seen.cumsum(-1) - 1).clamp(min=0)",
+        "torch.arange(seen.shape[1]).expand_as(seen)",
+        (GENERATING,),
+    ),
+    Mutation(
+        "tokens_after_the_end_of_a_block",
+        GENERATION,
+        "        counts &= (is_stop.cumsum(-1) - is_stop.long()) == 0  # nothing after the first stop\n",
+        "",
+        (GENERATING,),
+    ),
+    Mutation(
+        "teacher_of_an_exhausted_budget",
+        "python/opdc/hf/sampler.py",
+        "self._reading_teacher() if epsilon > 0 else None",
+        "self._reading_teacher()",
+        (GENERATING,),
     ),
 )
 

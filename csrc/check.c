@@ -303,6 +303,18 @@ opdc_status check_slot_tensor(const char *name, const DLTensor *tensor, const vi
   return OPDC_OK;
 }
 
+opdc_status check_number_lists(const char *name, const DLTensor *tensor, const view *logits,
+                               int64_t count, view *out, opdc_error *error) {
+  if (tensor && (tensor->ndim != logits->leading + 1 || tensor->shape[logits->leading] != count ||
+                 !same_shape(tensor, logits->tensor, logits->leading)))
+    return fail(error, OPDC_INVALID_VALUE,
+                "%s: got shape %s, want %lld numbers for each of the positions %s of the student's "
+                "logits",
+                name, text_of_shape(tensor->shape, tensor->ndim).text, (long long)count,
+                text_of_shape(logits->tensor->shape, logits->leading).text);
+  return check_slot_tensor(name, tensor, logits, 0, out, error);
+}
+
 opdc_status check_doubles(const char *name, const DLTensor *tensor, int64_t rows, int64_t columns,
                           double **out, opdc_error *error) {
   view at = {0};

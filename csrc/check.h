@@ -65,6 +65,9 @@ opdc_status check_mask(const char *name, const DLTensor *tensor, const view *log
  * NULL is refused. */
 opdc_status check_slot_tensor(const char *name, const DLTensor *tensor, const view *logits,
                               int of_ids, view *out, opdc_error *error);
+/* (..., count), floating, for the positions of the logits, last stride 1; NULL is refused. */
+opdc_status check_number_lists(const char *name, const DLTensor *tensor, const view *logits,
+                               int64_t count, view *out, opdc_error *error);
 /* A contiguous float64 tensor of `count` elements (or rows of them). */
 opdc_status check_doubles(const char *name, const DLTensor *tensor, int64_t rows, int64_t columns,
                           double **out, opdc_error *error);

@@ -27,7 +27,7 @@ static opdc_status check_call(const opdc_sampling *call, sampling_plan *out, opd
   if (!out->set) return OPDC_INVALID_VALUE;
   if (call->threads < 1)
     return fail(error, OPDC_INVALID_VALUE, "threads: got %d, want at least 1", call->threads);
-  TRY(check_logits("student", call->student, &out->student, error));
+  TRY(check_logits(call->teacher ? "student" : "logits", call->student, &out->student, error));
   if (call->teacher) TRY(check_teacher(call->teacher, &out->student, &out->teacher, error));
   TRY(check_vocabulary(&out->student, &out->teacher, call->valid_vocab, &to->vocabulary, error));
   to->width = call->student->shape[out->student.leading];
@@ -86,16 +86,10 @@ static opdc_status check_uniforms(sampling_plan *out, opdc_error *error) {
   const int each = call->drafts ? 2 : 1;
   if (!call->uniforms)
     return fail(error, OPDC_INVALID_TYPE, "uniforms: got None, want numbers in [0, 1)");
-  if (each == 1) {
+  if (each == 1)
     TRY(check_numbers("uniforms", call->uniforms, &out->student, &out->uniforms, error));
-  } else {
-    TRY(check_slot_tensor("uniforms", call->uniforms, &out->student, 0, &out->uniforms, error));
-    if (call->uniforms->shape[out->uniforms.leading] != each)
-      return fail(error, OPDC_INVALID_VALUE,
-                  "uniforms: got %lld numbers for each draft, want 2: to accept it, and to put it "
-                  "right",
-                  (long long)call->uniforms->shape[out->uniforms.leading]);
-  }
+  else
+    TRY(check_number_lists("uniforms", call->uniforms, &out->student, each, &out->uniforms, error));
   for (int64_t i = 0; i < out->positions; i++)
     for (int j = 0; j < each; j++)
       TRY(check_uniform(load_element(view_at(&out->uniforms, i), out->uniforms.type, j), i, error));
@@ -117,12 +111,10 @@ static opdc_status check_cut(sampling_plan *out, opdc_error *error) {
 }
 
 static opdc_status check_columns(const DLTensor *columns, sampling_plan *out, opdc_error *error) {
-  TRY(check_slot_tensor("columns", columns, &out->student, 0, &out->columns, error));
-  if (columns->shape[out->columns.leading] != OPDC_SAMPLE_COLUMNS ||
-      out->columns.type != (out->constants.row.is_double ? dtype_f64 : dtype_f32))
-    return fail(error, OPDC_INVALID_TYPE,
-                "columns: want %d numbers for each position, in the dtype of the arithmetic",
-                OPDC_SAMPLE_COLUMNS);
+  TRY(check_number_lists("columns", columns, &out->student, OPDC_SAMPLE_COLUMNS, &out->columns,
+                         error));
+  if (out->columns.type != (out->constants.row.is_double ? dtype_f64 : dtype_f32))
+    return fail(error, OPDC_INVALID_TYPE, "columns: want the dtype of the arithmetic");
   return OPDC_OK;
 }
 

@@ -459,6 +459,20 @@ def test_opcheck_of_strided_logits():
     torch.library.opcheck(torch.ops.opdc.loss.default, tuple(inputs))
 
 
+@pytest.mark.parametrize("name", ["sample", "blend"])
+def test_opcheck_of_samplers(name):
+    budgets, uniforms = torch.full((B, C), 0.02), torch.rand(B, C, 2)
+    numbers = torch.tensor([0.7, 0.9], dtype=torch.float64)
+    inputs = (logits(), logits(), budgets, TOKENS, uniforms, numbers, V - 3, V - 1, 0, 1)
+    # Only the first position of each block: the others may be void, and NaN equals nothing.
+    first = (x[:, :1] if torch.is_tensor(x) and x.dim() > 1 else x for x in inputs)
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if name == "sample":  # a blend has no token, but NaN in its columns
+        checks.append("test_aot_dispatch_dynamic")
+    operator = getattr(torch.ops.opdc, name).default
+    torch.library.opcheck(operator, tuple(first), test_utils=checks)
+
+
 def test_a_bare_operator_has_no_silent_derivative():
     inputs = operator_inputs("loss", requires_grad=True)
     value, *_ = torch.ops.opdc.loss(*inputs)
@@ -483,6 +497,25 @@ def test_meta_and_fake_tensors():
         student, teacher = torch.empty(B, C, V, requires_grad=True), torch.empty(B, C, V)
         opdc.jsd(student, teacher).backward()
         assert student.grad.shape == (B, C, V)
+
+
+def test_meta_and_fake_tensors_of_samplers():
+    def shapes(device):
+        student, teacher = logits().to(device), logits().double().to(device)
+        drafts = TOKENS.to(device)
+        return (
+            opdc.sample(student, top_p=0.9),
+            opdc.blend(student, teacher, 0.02),
+            opdc.blend_sample(student, teacher, 0.02),
+            opdc.blend_verify(drafts, student, teacher, 0.02, eos_map=(0, 1)),
+        )
+
+    for real, meta in zip(shapes("cpu"), shapes("meta"), strict=True):
+        for name, one, other in zip(real._fields, real, meta, strict=True):
+            assert (one.shape, one.dtype) == (other.shape, other.dtype), name
+            assert other.device.type == "meta"
+    with pytest.raises(TypeError, match=r"teacher is on cpu but student is on meta"):
+        opdc.blend_sample(logits().to("meta"), logits(), 0.02)
 
 
 # ----------------------------------------------------------------- transforms
@@ -661,6 +694,27 @@ def test_scheduled_numbers_do_not_compile_again():
     for step in range(12):
         numbers = 0.5 + 0.1 * step, 0.01 + 0.05 * step, 1.1 + 0.1 * step, 10.0 + step
         torch.testing.assert_close(function(*numbers), loss(*numbers))
+    assert counter.frame_count <= 2
+
+
+def test_compile_of_samplers():
+    student, teacher = logits(), logits()
+    uniforms = torch.rand(B, C, 2)
+    counter = torch._dynamo.testing.CompileCounter()
+
+    def draw(epsilon, temperature, top_p):
+        common = {"temperature": temperature, "top_p": top_p}
+        drafts = opdc.sample(student, uniforms=uniforms[..., 0], **common)
+        verified = opdc.blend_verify(
+            drafts.tokens, student, teacher, epsilon, uniforms=uniforms, **common
+        )
+        return *drafts, *verified, *opdc.blend(student, teacher, epsilon)
+
+    function = compiled(draw, counter)
+    for step in range(6):  # of schedules: no value is compiled for
+        numbers = 0.001 + 0.03 * step, 0.5 + 0.1 * step, 0.4 + 0.1 * step
+        for one, other in zip(function(*numbers), draw(*numbers), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
     assert counter.frame_count <= 2
 
 

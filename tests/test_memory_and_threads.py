@@ -427,12 +427,30 @@ except MemoryError as error:
     print("refused, then done")
 """
 
+STARVED_SAMPLER = """
+import resource, torch
+import opdc
+
+student, teacher = torch.randn(2, 1, 1 << 24).unbind()
+uniforms = torch.tensor([0.5])
+in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + (16 << 20), resource.RLIM_INFINITY))
+try:
+    opdc.blend_sample(student, teacher, 0.1, uniforms=uniforms)
+except MemoryError as error:
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert "no room for the rows of 1 threads" in str(error), error
+    assert opdc.blend_sample(student, teacher, 0.1, uniforms=uniforms).tokens >= 0
+    print("refused, then done")
+"""
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS and /proc")
-def test_hazard_31_no_room_for_the_row_of_a_thread():
-    """The only allocation of the core fails: an error, nothing written, and the next call works."""
+@pytest.mark.parametrize("script", [STARVED, STARVED_SAMPLER], ids=["loss", "sampler"])
+def test_hazard_31_no_room_for_the_row_of_a_thread(script):
+    """The only allocation of a call fails: an error, nothing written, and the next call works."""
     process = subprocess.run(
-        [sys.executable, "-c", STARVED], capture_output=True, text=True, timeout=60, cwd=HERE
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=HERE
     )
     assert process.stdout.strip() == "refused, then done", process.stderr
 
