@@ -10,6 +10,8 @@ The truth is the float64 oracle of the tests, on the same numbers.
 * gradient in bf16: the largest error of an entry, in units of one correct rounding (half a
   spacing), over the entries above 1/1000 of the sizes just named.
 * the smallest divergence over a fuzz of regimes, dtypes and temperatures.
+* blends: how far KL(μ‖p), recomputed in float64 at the β that came out, is from a budget that
+  binds, and the passes over the rows that the search took.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import opdc
+import oracle_sampling
 from judge import (
     Result,
     direction_size,
@@ -37,6 +40,7 @@ from judge import (
     measured,
     worst,
 )
+from opdc import _ops
 from regimes import CASES, DIVERGENCES, REGIMES, Case, Inputs, Regime, make_inputs
 
 BEGIN, END = "<!-- accuracy:begin -->", "<!-- accuracy:end -->"
@@ -73,6 +77,10 @@ GROUPS = {
     "masked": "masked vocabulary",
     "wide": "logit gaps 1e2 … 1e4",
 }
+
+
+BUDGETS = (1e-6, 1e-4, 1e-2, 0.02, 0.1, 1.0, 10.0)
+BISECTIONS = 20
 
 
 @dataclass
@@ -174,11 +182,92 @@ def smallest_divergence(count: int) -> tuple[float, int]:
     return smallest, rows
 
 
+@dataclass
+class BlendCell:
+    """Blends in the regimes of one group, over the rows whose budget binds."""
+
+    rows: int = 0
+    error: float = 0.0
+    torch_error: float = 0.0
+    evaluations: float = 0.0  # their sum
+    most_evaluations: float = 0.0
+
+
+def bisected(student: torch.Tensor, teacher: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """β as one writes it down in PyTorch."""
+    s, tau = student.log_softmax(-1), teacher.log_softmax(-1)
+    low, high = torch.zeros(s.shape[:-1]), torch.ones(s.shape[:-1])
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        log_mu = torch.lerp(s, tau, middle[..., None]).log_softmax(-1)
+        is_within = (log_mu.exp() * (log_mu - s)).sum(-1) <= epsilon
+        low, high = middle.where(is_within, low), high.where(is_within, middle)
+    return low
+
+
+def excess(student: torch.Tensor, teacher: torch.Tensor, beta: torch.Tensor, epsilon: float):
+    """|KL / ε − 1| at β, in float64."""
+    s, tau = student.double().log_softmax(-1), teacher.double().log_softmax(-1)
+    return (
+        oracle_sampling.kl(oracle_sampling.blended(s, tau, beta.double()), s) / epsilon - 1
+    ).abs()
+
+
+def blend_cells(rows: int, vocabulary: int, seeds: int) -> dict[str, BlendCell]:
+    result: dict[str, BlendCell] = {}
+    numbers = torch.ones(2, dtype=torch.float64)
+    for regime in REGIMES:
+        cell = result.setdefault(group_of(regime.name), BlendCell())
+        for seed in range(seeds):
+            inputs = make_inputs(regime, (rows,), vocabulary, seed=seed)
+            for epsilon in BUDGETS:
+                budgets, half = torch.full((rows,), epsilon), torch.full((rows,), 0.5)
+                models = inputs.student.detach(), inputs.teacher
+                _, columns = _ops.sample(*models, budgets, None, half, numbers, 0, 0, -1, -1)
+                beta, evaluations = columns[:, 3], columns[:, -1]
+                binds = (beta > 0) & (beta < 1)
+                if not binds.any():
+                    continue
+                theirs = excess(*models, bisected(*models, epsilon), epsilon)[binds]
+                cell.rows += int(binds.sum())
+                cell.error = max(cell.error, worst(excess(*models, beta, epsilon)[binds]))
+                cell.torch_error = max(cell.torch_error, worst(theirs))
+                cell.evaluations += float(evaluations[binds].sum())
+                cell.most_evaluations = max(cell.most_evaluations, float(evaluations[binds].max()))
+    return result
+
+
+def blend_table(blends: dict[str, BlendCell]) -> list[str]:
+    lines = [
+        "",
+        f"| blend, budgets {BUDGETS[0]:g} … {BUDGETS[-1]:g} | KL off its budget | passes, mean | "
+        "most |",
+        "|---|---|---:|---:|",
+    ]
+    for prefix, label in GROUPS.items():
+        cell = blends.get(prefix)
+        if cell is not None and cell.rows:
+            lines.append(
+                f"| {label} | **{number(cell.error)}** {number(cell.torch_error)} | "
+                f"{cell.evaluations / cell.rows:.1f} | {cell.most_evaluations:.0f} |"
+            )
+    lines.append("")
+    lines.append(
+        f"Beside it PyTorch's own float32 with {BISECTIONS} bisections. A budget that binds is to "
+        "be met to 1e-4 of itself."
+    )
+    return lines
+
+
+def group_of(regime: str) -> str:
+    return max((prefix for prefix in GROUPS if regime.startswith(prefix)), key=len)
+
+
 def grouped(all_cells: list[Cell]) -> dict[tuple[str, str], Cell]:
     """The worst cell per loss and group of regimes."""
     result: dict[tuple[str, str], Cell] = {}
     for cell in all_cells:
-        prefix = max((p for p in GROUPS if cell.regime.startswith(p)), key=len)
+        prefix = group_of(cell.regime)
         result.setdefault((cell.loss, prefix), Cell(cell.loss, prefix)).join(cell)
     return result
 
@@ -203,13 +292,17 @@ def table(title: str, mine: str, theirs: str, groups: dict, losses: tuple[str, .
 
 
 def report(
-    all_cells: list[Cell], smallest: tuple[float, int], losses: tuple[str, ...]
+    all_cells: list[Cell],
+    smallest: tuple[float, int],
+    blends: dict[str, BlendCell],
+    losses: tuple[str, ...],
 ) -> list[str]:
     groups = grouped(all_cells)
     in_bf16 = max(cell.bf16_gradient_roundings for cell in all_cells)
     lines = ["Largest error in fp32 against float64: **opdc**, then PyTorch's own fp32 path."]
     lines += table("loss", "value", "torch_value", groups, losses)
     lines += table("gradient", "gradient", "torch_gradient", groups, losses)
+    lines += blend_table(blends)
     lines += [
         "",
         f"Largest error of a bf16 gradient over all losses: {in_bf16:.2f} of one rounding. "
@@ -240,9 +333,10 @@ def main() -> None:
     torch.set_num_threads(1)
     all_cells = list(cells(arguments.rows, arguments.vocabulary, arguments.seeds))
     smallest = smallest_divergence(arguments.fuzz)
-    print("\n".join(report(all_cells, smallest, tuple(SHOWN))))
+    blends = blend_cells(arguments.rows, arguments.vocabulary, arguments.seeds)
+    print("\n".join(report(all_cells, smallest, blends, tuple(SHOWN))))
     if arguments.update_readme:
-        update(arguments.update_readme, report(all_cells, smallest, IN_README))
+        update(arguments.update_readme, report(all_cells, smallest, blends, IN_README))
     if arguments.json:
         arguments.json.write_text(
             json.dumps(
@@ -254,6 +348,7 @@ def main() -> None:
                     "vocabulary": arguments.vocabulary,
                     "smallest_divergence": smallest[0],
                     "fuzzed_rows": smallest[1],
+                    "blends": {name: asdict(cell) for name, cell in blends.items()},
                     "cells": [
                         {k: None if v == math.inf else v for k, v in asdict(cell).items()}
                         for cell in all_cells

@@ -1099,7 +1099,7 @@ MUTATIONS = (
         BLEND,
         "out->coarse = !(here.square <= COARSE * here.kl);",
         "",
-        (C_TESTS,),
+        (BLENDING,),
     ),
     Mutation("blend_without_halving", BLEND, "if (is_slow || !(", "if (!(", (C_TESTS,)),
     Mutation(
@@ -1178,8 +1178,8 @@ MUTATIONS = (
     Mutation(
         "draw_without_a_last_id",
         DRAW,
-        "for (int64_t block = last; block >= 0 && id < 0; block--)",
-        "for (int64_t block = last; block > last; block--)",
+        "for (int64_t i = last; i >= 0 && id < 0; i--)",
+        "for (int64_t i = last; i > last; i--)",
         (SAMPLING, VERIFYING),
     ),
     Mutation(
@@ -1297,8 +1297,8 @@ MUTATIONS = (
     Mutation(
         "tokens_after_the_end_of_a_block",
         GENERATION,
-        "        counts &= (is_stop.cumsum(-1) - is_stop.long()) == 0  # nothing after the first stop\n",
-        "",
+        "counts &= (is_stop.cumsum(-1) - is_stop.long()) == 0",
+        "counts &= True",
         (GENERATING,),
     ),
     Mutation(

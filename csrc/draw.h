@@ -124,11 +124,11 @@ static int64_t draw(const source *from, const double *block_masses, double total
   const double target = uniform * total;
   double sum = 0;
   int64_t id = -1;
-  for (int64_t block = 0; block <= last && id < 0; sum += block_masses[block++])
-    if (block_masses[block] > 0 && sum + block_masses[block] > target)
-      id = draw_in_block(from, block * BLOCK, sum, target);
-  for (int64_t block = last; block >= 0 && id < 0; block--)
-    if (block_masses[block] > 0) id = draw_in_block(from, block * BLOCK, 0, INFINITY);
+  for (int64_t i = 0; i <= last && id < 0; sum += block_masses[i++])
+    if (block_masses[i] > 0 && sum + block_masses[i] > target)
+      id = draw_in_block(from, i * BLOCK, sum, target);
+  for (int64_t i = last; i >= 0 && id < 0; i--)
+    if (block_masses[i] > 0) id = draw_in_block(from, i * BLOCK, 0, INFINITY);
   return id;
 }
 

@@ -879,6 +879,7 @@ static void test_drawing(problem *p, const drawing *how) {
             "a KL of %Lg, the budget is %g", kl[0], budgets[row]);
       CHECK(at[3] == 0 || at[3] == 1 || kl[0] >= (long double)budgets[row] * (1 - 1e-4L),
             "a KL of %Lg under the budget %g", kl[0], budgets[row]);
+      CHECK(at[8] <= 6, "%g passes", at[8]);
       CHECK((budgets[row] == 0) == (at[3] == 0), "beta %g with the budget %g", at[3], budgets[row]);
       CHECK(fabsl((long double)at[2] - log_q[id]) <= 4e-7L * (1 - log_q[id]), "log q");
     }
@@ -926,34 +927,43 @@ static void test_samplers(void) {
   }
 }
 
-/* Logits so far apart that floats cannot meet a budget; equal ones; a row that is none. */
+/* Logits so far apart that floats cannot meet a budget; a KL like a stair, over which Newton alone
+ * steps to and fro; equal models; a row that is none. */
 static void test_hard_draws(void) {
-  enum { IDS = 6 };
-  float z[] = {0, -900, -1700, 0, 3, 1, 7, 7, 7, 7, 7, 7, 0, NAN, 0, 0, 0, 0};
-  float t[] = {-1500, 0, -3, 40, 3, 2, 7, 7, 7, 7, 7, 7, 0, 0, 0, 0, 0, 0}, numbers[27];
-  double budgets[] = {0.01, 1, 1}, draws[] = {0.999, 0.5, 0.5};
-  int64_t found[3];
+  enum { HARD = 4, IDS = 6 };
+  float z[] = {0, -900, -1700, 0, 3, 1, 17, 13,  -4, 0, -INFINITY, -INFINITY,
+               7, 7,    7,     7, 7, 7, 0,  NAN, 0,  0, 0,         0};
+  float t[] = {-1500, 0, -3, 40, 3, 2, -17, -1, -15, 18, 0, 0, 7, 7, 7, 7, 7, 7, 0, 0, 0, 0, 0, 0};
+  float numbers[HARD * OPDC_SAMPLE_COLUMNS];
+  double budgets[] = {0.01, 1, 1, 1}, draws[] = {0.999, 0.5, 0.5, 0.5};
+  int64_t found[HARD];
   tensor student, teacher, epsilon, uniforms, tokens, columns;
   opdc_error error;
-  const opdc_sampling call = {.student = shaped(&student, z, types[dtype_f32], 2, 3, IDS, IDS),
-                              .teacher = shaped(&teacher, t, types[dtype_f32], 2, 3, IDS, IDS),
-                              .epsilon = shaped(&epsilon, budgets, types[dtype_f64], 1, 3, 0, 1),
-                              .uniforms = shaped(&uniforms, draws, types[dtype_f64], 1, 3, 0, 1),
+  const opdc_sampling call = {.student = shaped(&student, z, types[dtype_f32], 2, HARD, IDS, IDS),
+                              .teacher = shaped(&teacher, t, types[dtype_f32], 2, HARD, IDS, IDS),
+                              .epsilon = shaped(&epsilon, budgets, types[dtype_f64], 1, HARD, 0, 1),
+                              .uniforms = shaped(&uniforms, draws, types[dtype_f64], 1, HARD, 0, 1),
                               .temperature = 1,
                               .top_p = 0.5,
                               .student_eos = -1,
                               .teacher_eos = -1,
                               .threads = 1};
-  const opdc_status status = opdc_sample(
-      &call, shaped(&tokens, found, (DLDataType){kDLInt, 64, 1}, 1, 3, 0, 1),
-      shaped(&columns, numbers, types[dtype_f32], 2, 3, OPDC_SAMPLE_COLUMNS, OPDC_SAMPLE_COLUMNS),
-      &error);
+  const opdc_status status =
+      opdc_sample(&call, shaped(&tokens, found, (DLDataType){kDLInt, 64, 1}, 1, HARD, 0, 1),
+                  shaped(&columns, numbers, types[dtype_f32], 2, HARD, OPDC_SAMPLE_COLUMNS,
+                         OPDC_SAMPLE_COLUMNS),
+                  &error);
+  const float *equal = numbers + 2 * OPDC_SAMPLE_COLUMNS;
   CHECK(status == OPDC_OK, "%s", error.message);
-  CHECK(fabsf(numbers[4] - 0.01F) <= 1e-6F, "a KL of %g", (double)numbers[4]);
-  CHECK(found[1] == 1 && numbers[9 + 3] == 1 && numbers[9 + 5] == 0, "equal models: token %d",
-        (int)found[1]);
-  CHECK(found[2] == -1 && isnan(numbers[18]), "a row with NaN gave %d", (int)found[2]);
-  for (int i = 0; i < 18; i++) add_to_hash((double)numbers[i]);
+  for (int i = 0; i < 2; i++) {
+    const float *at = numbers + i * OPDC_SAMPLE_COLUMNS;
+    CHECK(fabs((double)at[4] / budgets[i] - 1) <= 1e-4, "a KL of %g", (double)at[4]);
+    CHECK(at[8] <= 20, "%g passes", (double)at[8]);
+  }
+  CHECK(found[2] == 1 && equal[3] == 1 && equal[5] == 0, "equal models: token %d", (int)found[2]);
+  CHECK(found[3] == -1 && isnan(equal[OPDC_SAMPLE_COLUMNS]), "a row with NaN gave %d",
+        (int)found[3]);
+  for (int i = 0; i < 3 * OPDC_SAMPLE_COLUMNS; i++) add_to_hash((double)numbers[i]);
 }
 
 /* Against a sort. */
