@@ -14,10 +14,6 @@
 
 #define BUDGET_TOLERANCE 5e-5 /* of epsilon; half of what is promised */
 #define EVALUATIONS 60        /* more than a bisection of floats takes */
-/* mean d^2 over KL, from which on floats are too coarse: their relative error of mu is d 2^-24,
- * that of the divergence this ratio times 2^-24 */
-#define COARSE 100
-
 enum { MODEL_STUDENT, MODEL_TEACHER, MODELS };
 
 /* A model in numbers of the arithmetic, and what was measured of it. */
@@ -125,6 +121,7 @@ static void solve(const row_call *call, const measured models[MODELS], kl_result
                   double epsilon, sampled *out) {
   const double variance = apart.square - apart.reverse_kl * apart.reverse_kl;
   double low = 0, high = 1, low_kl = 0, least = 0, before = INFINITY, last = INFINITY;
+  const double spacing = sizeof(real) == sizeof(double) ? 0 : 0x1p-24; /* of beta, relative */
   double at_one = apart.forward_kl; /* mu = q, if the student excludes nothing of q */
   out->beta = out->student_kl = 0;
   if (epsilon == 0) return;
@@ -152,24 +149,21 @@ static void solve(const row_call *call, const measured models[MODELS], kl_result
     const double distance = SCALAR(log)((epsilon - least) / over);
     const int is_met = fabs(here.kl - epsilon) <= BUDGET_TOLERANCE * epsilon;
     out->evaluations++;
-    out->coarse = !(here.square <= COARSE * here.kl);
     if (here.kl <= epsilon || is_met) {
       low = beta;
       low_kl = here.kl;
     } else {
       high = beta;
     }
-    if (is_met || (out->coarse && !call->is_double)) break;
+    out->is_unmet = !is_met;
+    if (is_met || spread * spacing > BUDGET_TOLERANCE * over) break; /* for doubles to meet */
     const int is_slow = !(fabs(distance) <= before / 2);
     before = last;
     last = fabs(distance);
     beta *= SCALAR(exp)(distance * (over / spread));
     if (is_slow || !((real)beta > (real)low && (real)beta < (real)high))
       beta = low + (high - low) / 2;
-    if ((real)beta == (real)low || (real)beta == (real)high) { /* no number is between them */
-      out->coarse = 1;
-      break;
-    }
+    if ((real)beta == (real)low || (real)beta == (real)high) break; /* no number between them */
   }
   out->beta = low;
   out->student_kl = low_kl;

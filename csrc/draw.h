@@ -161,14 +161,14 @@ static void cut_to_k(law *of, int64_t k, double top_p, candidate *tiles) {
 }
 
 /* How far a logit lies below the largest, as an integer of the same order; the digits from the top
- * say in which of DIGITS bins. */
+ * say in which of DIGITS bins. Without the sign: it may be that of a zero. */
 static inline uint32_t depth_of(real below_maximum) {
 #if OPDC_F64
-  return (uint32_t)(lane_to_bits(below_maximum) >> 32);
+  return (uint32_t)(lane_to_bits(below_maximum) >> 32) & 0x7fffffffu;
 #else
   uint32_t bits;
   memcpy(&bits, &below_maximum, sizeof bits);
-  return bits;
+  return bits & 0x7fffffffu;
 #endif
 }
 #define DIGITS 1024
@@ -298,7 +298,7 @@ static int find_laws(const sampling *call, const sampling_input *input,
   to->accepted = to->evaluations = 0;
   to->valid = 1;
   to->token = -1;
-  to->coarse = 0;
+  to->is_unmet = 0;
   out->student = out->behaviour = common;
   out->teacher.logits = NULL;
   if (!input->teacher) {

@@ -158,15 +158,15 @@ typedef struct sampling_input {
   double uniforms[2]; /* to accept the draft, and to correct it; or the first to draw */
 } sampling_input;
 
-/* What comes out of a position: the columns of opdc.h, in their order. Then what the loop over rows
- * asks. */
+/* What comes out of a position: the columns of opdc.h, in their order, and the token. */
 typedef struct sampled {
   double logprob, student_logprob, teacher_logprob;
   double beta, student_kl, teacher_kl;
   double accepted, valid;
   double evaluations; /* passes that the search for beta took */
   int64_t token;      /* -1: a row that is no distribution */
-  int coarse;         /* the log-ratios are so large that floats are too coarse for the budget */
+  int is_unmet; /* no beta of the arithmetic meets the budget: log-ratios of 1e4 times its spacing
+                 */
 } sampled;
 
 /* What a thread has to itself: rows of V numbers of the arithmetic, and what belongs to the blocks

@@ -118,11 +118,12 @@ static opdc_status check_columns(const DLTensor *columns, sampling_plan *out, op
   return OPDC_OK;
 }
 
-/* The parts of a thread's memory, or where they lie behind `base`; `size` is filled then. A blend
- * may be done again in doubles. */
+/* The parts of a thread's memory, from `base` on, if it is there; and their size. A blend may be
+ * done again in doubles. */
 static sampling_workspace lay_out(const sampling_plan *at, char *base, size_t *size) {
   const row_call *of = &at->constants.row;
-  const size_t ids = (size_t)of->vocabulary, number = at->call->teacher ? 8 : sizeof(float);
+  const size_t ids = (size_t)of->vocabulary,
+               number = at->call->teacher ? sizeof(double) : sizeof(float);
   const size_t blocks = ids / (BLOCK_BYTES / sizeof(double)) + 1;
   size_t used = 0;
   sampling_workspace work = {0};
@@ -173,14 +174,16 @@ static sampling_input sampling_input_at(const sampling_plan *at, int64_t index) 
   return input;
 }
 
-static sampled run(const sampling_plan *at, const row_kernels *kernels, const sampling *constants,
-                   int64_t index, const sampling_workspace *work) {
+static sampled run(const sampling_plan *at, int in_doubles, int64_t index,
+                   const sampling_workspace *work) {
+  const row_kernels *kernels = in_doubles ? &at->set->f64 : &at->set->f32;
   const sampling_input input = sampling_input_at(at, index);
   sampled out;
   if (at->logprobs.tensor)
-    kernels->blend(constants, &input, work, &out, at->logprobs.type, view_at(&at->logprobs, index));
+    kernels->blend(&at->constants, &input, work, &out, at->logprobs.type,
+                   view_at(&at->logprobs, index));
   else
-    kernels->sample(constants, &input, work, &out);
+    kernels->sample(&at->constants, &input, work, &out);
   return out;
 }
 
@@ -189,16 +192,13 @@ static void sample_block(void *context, int64_t step, int thread) {
   size_t size;
   const sampling_workspace work =
       lay_out(at, at->memory + (size_t)thread * at->memory_bytes, &size);
-  const row_kernels *kernels = at->constants.row.is_double ? &at->set->f64 : &at->set->f32;
   int is_void = 0;
   for (int64_t index = step * at->block; index < (step + 1) * at->block; index++) {
     sampled out = {NAN, NAN, NAN, NAN, NAN, NAN, 0, 0, 0, -1, 0};
-    if (!is_void) out = run(at, kernels, &at->constants, index, &work);
-    if (out.coarse && !at->constants.row.is_double) {
-      sampling in_doubles = at->constants;
+    if (!is_void) out = run(at, at->constants.row.is_double, index, &work);
+    if (out.is_unmet && !at->constants.row.is_double) {
       const double evaluations = out.evaluations;
-      in_doubles.row.is_double = 1;
-      out = run(at, &at->set->f64, &in_doubles, index, &work);
+      out = run(at, 1, index, &work);
       out.evaluations += evaluations;
     }
     const double numbers[OPDC_SAMPLE_COLUMNS] = {

@@ -927,13 +927,14 @@ static void test_samplers(void) {
   }
 }
 
-/* Logits so far apart that floats cannot meet a budget; a KL like a stair, over which Newton alone
+/* Logits far apart; a KL like a stair, over which Newton alone
  * steps to and fro; equal models; a row that is none. */
 static void test_hard_draws(void) {
   enum { HARD = 4, IDS = 6 };
-  float z[] = {0, -900, -1700, 0, 3, 1, 17, 13,  -4, 0, -INFINITY, -INFINITY,
-               7, 7,    7,     7, 7, 7, 0,  NAN, 0,  0, 0,         0};
-  float t[] = {-1500, 0, -3, 40, 3, 2, -17, -1, -15, 18, 0, 0, 7, 7, 7, 7, 7, 7, 0, 0, 0, 0, 0, 0};
+  float z[] = {-2082, 5690, -2476, -2326, 2495, -2702, 17, 13,  -4, 0, -INFINITY, -INFINITY,
+               7,     7,    7,     7,     7,    7,     0,  NAN, 0,  0, 0,         0};
+  float t[] = {-5223, -4890, -5152, -477, 7793, 5366, -17, -1, -15, 18, 0, 0,
+               7,     7,     7,     7,    7,    7,    0,   0,  0,   0,  0, 0};
   float numbers[HARD * OPDC_SAMPLE_COLUMNS];
   double budgets[] = {0.01, 1, 1, 1}, draws[] = {0.999, 0.5, 0.5, 0.5};
   int64_t found[HARD];
