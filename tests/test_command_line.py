@@ -13,7 +13,7 @@ import torch
 
 import opdc
 from opdc.__main__ import COMMANDS, main
-from opdc.bench import report
+from opdc.bench import generation, report
 from opdc.bench.contenders import FUNCTIONS, Contender, make_inputs, work
 from opdc.bench.measure import REHEARSALS, interleave
 
@@ -86,6 +86,7 @@ def test_bench_says_what_to_install():
 def test_bench_measures_every_function(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(opdc.bench.measure, "OVERHEAD_CALLS", 20)
     monkeypatch.setattr(opdc.bench.measure, "REHEARSALS", 1)
+    shrink_generate(monkeypatch)
     folder = tmp_path / "results"
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
@@ -111,6 +112,7 @@ def test_bench_measures_every_function(capsys, monkeypatch, tmp_path):
     for record in result["orders"]:
         assert record["opdc"].keys() == record["eager"].keys()
         assert record["opdc"].keys() == {"random", "ascending", "descending", "constant"}
+    assert_generated(result["generate"])
     assert (folder / "bench.png").stat().st_size > 10_000
     text = readme.read_text()
     assert text.startswith("before\n")
@@ -119,6 +121,69 @@ def test_bench_measures_every_function(capsys, monkeypatch, tmp_path):
     assert "| K1, teacher log-probs | bfloat16 |" in text
     assert "| LSM, teacher top 32 | float32 |" in text
     assert "rows in an adverse order" in text
+    assert "| sample, top-p 0.9 | float32 |" in text
+    assert "| `BlendSampler`, drafts |" in text
+
+
+def shrink_generate(monkeypatch):
+    sizes = {"VOCABULARY": 300, "HIDDEN": 16, "FEED_FORWARD": 16, "LAYERS": 1, "HEADS": 2}
+    for name, size in {**sizes, "BATCH": 2, "PROMPT": 3, "NEW_TOKENS": 6}.items():
+        monkeypatch.setattr(generation, name, size)
+
+
+def assert_generated(measured):
+    assert measured["microseconds"].keys() == {"plain", "student", "blend", "speculative"}
+    assert measured["blends"]["student"]["teacher_forwards"] == 0
+    assert measured["divergence"] == pytest.approx(generation.DIVERGENCE, rel=0.1)
+    direct, drafted = measured["blends"]["blend"], measured["blends"]["speculative"]
+    assert direct["student_forwards"] == direct["teacher_forwards"] == 6
+    assert drafted["teacher_forwards"] < 6
+    assert 0 < drafted["accepted"] <= drafted["drafted"]
+    for blend in (direct, drafted):
+        assert 0 < blend["beta"] <= 1
+        assert 0 < blend["kl"] <= 0.02 * (1 + 1e-4)
+
+
+def test_bench_measures_generate_alone(capsys, monkeypatch, tmp_path):
+    shrink_generate(monkeypatch)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    words = ["--functions", "generate", "--json", "--output", str(tmp_path)]
+    assert main([*TINY, *words, "--update-readme", str(readme)]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert result["cases"] == []
+    assert_generated(result["generate"])
+    assert "tokens/s" in captured.err
+    assert "| `BlendSampler` |" in readme.read_text()
+    assert not (tmp_path / "bench.png").exists()
+
+
+def test_bench_without_transformers_leaves_generate_out(tmp_path):
+    words = ["--functions", "k1,generate", "--dtypes", "float32", "--contenders", "opdc"]
+    done = run_without("transformers", *TINY, *words, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "generate left out: transformers is not installed" in done.stdout
+
+
+def test_bench_knows_groups_of_functions():
+    from opdc.bench import GROUPS, _choice
+
+    names = _choice("k1", "sample", **GROUPS)("k1,samplers,sample")
+    assert names[:2] == ["k1", "sample"]
+    assert names[-1] == "generate"
+    assert {*GROUPS["losses"], *GROUPS["samplers"]} == {*FUNCTIONS, "generate"}
+
+
+def test_bench_leaves_out_a_call_that_would_take_too_long(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(opdc.bench.measure, "PATIENCE", 0.0)
+    monkeypatch.setattr(opdc.bench.measure, "OVERHEAD_CALLS", 1)
+    words = ["--functions", "sample", "--dtypes", "float32", "--contenders", "eager,opdc"]
+    assert main([*TINY, *words, "--rows", "3,4", "--json", "--output", str(tmp_path)]) == 0
+    first, second = json.loads(capsys.readouterr().out)["cases"]
+    assert first["streams"].keys() == {"eager", "opdc"}
+    assert second["streams"].keys() == {"opdc"}
+    assert second["notes"] == ["eager left out: a call takes too much of the budget"]
 
 
 def test_bench_shows_an_old_result(capsys, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -159,8 +160,9 @@ def test_own_models_with_heads_of_different_size_and_prompts_without_answers(run
         '{"prompt": "1 * 2 - 7 + 4 ?", "answer": null}',
     )
     words = ("--student", student, "--prompts", prompts, "--max-new-tokens", "5")
-    for method in ("reverse_kl", "tropd"):
-        status, out, _ = run(*words, "--method", method, "--json", steps=3)
+    for method, rollout in (("reverse_kl", "student"), ("tropd", "trb-speculative")):
+        words_of_run = ("--method", method, "--rollout", rollout, "--json")
+        status, out, _ = run(*words, *words_of_run, steps=3)
         result = json.loads(out)
         assert status == 0
         assert result["loss_timing"]["shape"] == [4, 5, 256]
@@ -223,6 +225,109 @@ def test_reopold_refines_after_a_third_of_the_updates(run, monkeypatch):
     assert run("--method", "reopold", steps=7)[0] == 0
     assert phases[:7] == 3 * ["exploration"] + 4 * ["refinement"]
     assert set(phases[7:]) == {"refinement"}  # the timing at the end
+
+
+# --- rollouts of other policies --------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the losses of a run are called with."""
+    seen = []
+    forward = opdc.nn._DistillationLoss.forward
+
+    def watched(self, *logits, **keywords):
+        seen.append((self, *logits, keywords))
+        return forward(self, *logits, **keywords)
+
+    monkeypatch.setattr(opdc.nn._DistillationLoss, "forward", watched)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("rollout", "method"), [("trb", "k1"), ("trb-speculative", "k1"), ("trb", "reverse_kl")]
+)
+def test_rollouts_of_a_blend_within_a_budget(run, calls, rollout, method):
+    status, out, _ = run("--rollout", rollout, "--method", method, "--json", steps=4)
+    result = json.loads(out)
+    assert (status, result["rollout"], result["updates"]) == (0, rollout, 4)
+    seen = result["behaviour"]
+    assert [update["epsilon"] for update in seen] == pytest.approx([0.02, 0.01, 0, 0])
+    for (loss, student, teacher, given), update in zip(calls, seen, strict=False):
+        # The loss is told the law that drew the tokens: the blend at this update's budget.
+        mask, tokens = given["mask"], given["tokens"].unsqueeze(-1)
+        blend = opdc.blend(student.detach(), teacher, update["epsilon"])
+        expected = blend.logprobs.gather(-1, tokens).squeeze(-1)
+        torch.testing.assert_close(
+            given["old_logprobs"][mask], expected[mask], atol=1e-3, rtol=1e-3
+        )
+        assert not given["prefix_mask"].any()
+        assert getattr(loss, "advantage", "current") == "current"
+        assert update["beta"] == pytest.approx(blend.beta[mask].mean().item(), abs=1e-3)
+        assert 0 <= update["kl"] <= update["epsilon"] * (1 + 1e-4)
+    assert seen[0]["beta"] > 0.1 > seen[2]["beta"] == 0
+    accepted = [update["accepted"] for update in seen]
+    if rollout == "trb-speculative":
+        assert 0.5 < accepted[0] <= 1
+        assert accepted[2:] == [None, None]
+    else:
+        assert set(accepted) == {None}
+    parts = result["rollout_seconds"]
+    assert parts.keys() == {"student forward", "teacher forward", "sampling"}
+    assert 0 < sum(parts.values()) < result["seconds"]["rollout"]
+
+
+@pytest.mark.parametrize("method", ["tropd", "k1"])
+def test_rollouts_that_the_teacher_begins(run, calls, method):
+    words = ("--rollout", "teacher-prefix", "--method", method, "--json")
+    status, out, _ = run(*words, steps=3)
+    assert status == 0
+    shares = [update["prefix"] for update in json.loads(out)["behaviour"]]
+    assert shares[0] == 1
+    assert 0 < shares[1] < 1
+    assert shares[2] == 0
+    for (*_, given), share in zip(calls, shares, strict=False):
+        prefix, mask = given["prefix_mask"].bool(), given["mask"]
+        assert prefix.any() == (share > 0)
+        if method == "tropd":
+            assert prefix[mask].float().mean() == pytest.approx(share)
+        else:  # what the student did not sample is not for a loss of its samples
+            assert not (prefix & mask).any()
+            assert mask.any() == (share < 1)
+
+
+def test_shows_what_wrote_the_rollouts(run):
+    status, out, err = run("--rollout", "trb-speculative")
+    assert status == 0
+    for text in ("rollouts: trb-speculative", "epsilon", "mean beta", "KL used", "accepted"):
+        assert text in out
+    for text in ("student forward", "teacher forward", "sampling", "optimizer"):
+        assert text in out.partition("Where the time")[2]
+    assert "β" in err
+    assert "no better here" in out
+    status, out, _ = run("--rollout", "teacher-prefix", steps=1)
+    assert status == 0
+    assert re.search(r"update 1 +100\.0%", out)
+    assert "mean beta" not in out
+
+
+def test_a_comparison_names_who_wrote_the_rollouts(run):
+    words = ("--compare", "k1", "--seeds", "1", "--jobs", "1", "--rollout", "trb")
+    status, out, _ = run(*words)
+    assert status == 0
+    assert "Rollouts: trb" in out
+    runs = json.loads(run(*words, "--json")[1])["runs"]
+    assert [result["rollout"] for result in runs] == ["trb"]
+
+
+def test_what_the_sampler_refuses_is_one_line(run, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("this teacher keeps no cache")
+
+    monkeypatch.setattr("opdc.hf.BlendSampler.__call__", refuse)
+    status, out, err = run("--rollout", "trb")
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1].endswith("error: --rollout trb: this teacher keeps no cache")
 
 
 # --- the comparison --------------------------------------------------------------------------

@@ -13,12 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from .. import info
 from .contenders import DTYPES, FUNCTIONS
+from .generation import GENERATE
 from .measure import Benchmark, Plan, available_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 CONTENDERS = ("eager", "compile", "opdc")
+SAMPLERS = [name for name, function in FUNCTIONS.items() if function.law]
+GROUPS = {
+    "losses": [name for name in FUNCTIONS if name not in SAMPLERS],
+    "samplers": [*SAMPLERS, GENERATE],
+}
 QUICK: dict[str, Any] = {
     "functions": ["reverse_kl", "forward_kl", "jsd", "k1"],
     "dtypes": ["float32"],
@@ -26,22 +32,24 @@ QUICK: dict[str, Any] = {
     "threads": [min(2, info.usable_cpus())],
 }
 FULL: dict[str, Any] = {
-    "functions": list(FUNCTIONS),
+    "functions": [*FUNCTIONS, GENERATE],
     "dtypes": list(DTYPES),
     "rows": [256, 1024],
     "threads": sorted({1, min(2, info.usable_cpus())}),
 }
 
 
-def _choice(*known: str) -> Callable[[str], list[str]]:
-    """The type of an argument that lists names from a fixed set."""
+def _choice(*known: str, **groups: list[str]) -> Callable[[str], list[str]]:
+    """The type of an argument that lists names from a fixed set, or of groups of them."""
 
     def parse(text: str) -> list[str]:
         names = text.split(",")
         for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
-        return list(dict.fromkeys(names))
+            if name not in known and name not in groups:
+                raise argparse.ArgumentTypeError(
+                    f"{name!r} is none of {', '.join([*known, *groups])}"
+                )
+        return list(dict.fromkeys(one for name in names for one in groups.get(name, [name])))
 
     return parse
 
@@ -70,8 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def add(flag: str, metavar: str, help: str, **options: Any) -> None:
         parser.add_argument(flag, metavar=metavar, help=help, **options)
 
-    names = ", ".join(FUNCTIONS)
-    add("--functions", "NAMES", f"any of {names} (default: all)", type=_choice(*FUNCTIONS))
+    add(
+        "--functions",
+        "NAMES",
+        f"any of {', '.join([*FUNCTIONS, GENERATE])}, or {' or '.join(GROUPS)} (default: all)",
+        type=_choice(*FUNCTIONS, GENERATE, **GROUPS),
+    )
     add("--dtypes", "NAMES", "float32, bfloat16 (default: both)", type=_choice(*DTYPES))
     add("--rows", "COUNTS", "numbers of rows (default: 256,1024)", type=_counts)
     add("--threads", "COUNTS", "numbers of threads (default: 1,2)", type=_counts)
@@ -121,8 +133,11 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         name: getattr(arguments, name) or default
         for name, default in (QUICK if arguments.quick else FULL).items()
     }
+    functions = chosen.pop("functions")
     plan = Plan(
         **chosen,
+        functions=[name for name in functions if name != GENERATE],
+        generate=GENERATE in functions,
         contenders=arguments.contenders,
         vocabulary=arguments.vocabulary,
         repeats=arguments.repeats,
@@ -200,7 +215,7 @@ def run(arguments: argparse.Namespace) -> int:
             result = load(arguments.report)
     except (OSError, ValueError) as error:
         fail(str(error))
-    if not result["cases"]:
+    if not result["cases"] and not result.get("generate"):
         fail("stopped before anything was measured")
 
     to_stdout = arguments.json == "-"
@@ -212,7 +227,7 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             written.append(Path(arguments.json or arguments.output / "bench.json"))
             written[-1].write_text(text)
-    if arguments.report is None or arguments.plot:
+    if result["cases"] and (arguments.report is None or arguments.plot):
         written.append(arguments.plot or arguments.output / "bench.png")
         report.save_plot(result, written[-1])
     if readme is not None:

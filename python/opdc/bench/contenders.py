@@ -1,4 +1,4 @@
-"""What is measured: the losses in textbook PyTorch and in opdc, and the inputs of both."""
+"""What is measured: losses and samplers in textbook PyTorch and in opdc, and the inputs of both."""
 
 from __future__ import annotations
 
@@ -20,23 +20,53 @@ BETA = 0.5  # of the Jensen-Shannon divergence
 ALPHA = 0.1  # of the skew divergences
 CHECKED_ROWS = 16  # that are compared with float64, where a row does not depend on the others
 TOP = 32  # ids of a top-K support where a method has no number of its own
+TOP_P, TOP_K = 0.9, 50  # of the samplers that truncate
+EPSILON = 0.02  # nats, the budget of a blend
+DRAFT_LENGTH = 4  # tokens in a block of drafts
 
 
 @dataclass(frozen=True)
 class Function:
-    """One loss, twice: in textbook PyTorch and in opdc.
+    """One loss or sampler, twice: in textbook PyTorch and in opdc.
 
-    Both are called with the student's logits and the inputs that `takes` names.
+    Both are called with the student's logits and the inputs that `takes` names. A sampler, which
+    has a `law`, gives tokens and their log-probs; a token below 0 does not count.
     """
 
     title: str
     takes: tuple[str, ...]
-    textbook: Callable[..., Tensor]
-    opdc: Callable[..., Tensor]  # takes inplace= too, where `inplace` is true
+    textbook: Callable[..., Any]
+    opdc: Callable[..., Any]  # takes inplace= too, where `inplace` is true
     matrices: int  # logits read and gradients written: what has to cross the memory bus
     inplace: bool = True
     gradient: bool = True  # else only the output counts
     whole: bool = False  # a row's gradient depends on the other rows
+    law: Callable[..., Tensor] | None = None  # log-probs of all ids, which the draws must have
+
+
+def sampler(title: str, takes: tuple[str, ...], **parts: Any) -> Function:
+    return Function(
+        title, takes, matrices=1 + ("teacher" in takes), inplace=False, gradient=False, **parts
+    )
+
+
+def _in_blocks(verify: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A function of blocks of drafts as one of rows: (student, teacher, tokens)."""
+
+    def of_rows(*rows: Tensor) -> tuple[Tensor, Tensor]:
+        length = math.gcd(len(rows[0]), DRAFT_LENGTH)
+        tokens, logprobs, *_ = verify(*(tensor.unflatten(0, (-1, length)) for tensor in rows))
+        return tokens.flatten(), logprobs.flatten()
+
+    return of_rows
+
+
+def _over_the_vocabulary(ids: Tensor, p: Tensor, logits: Tensor) -> Tensor:
+    return torch.zeros_like(logits).scatter(-1, ids, p).log()
+
+
+def _blend_law(student: Tensor, teacher: Tensor, *_: Tensor) -> Tensor:
+    return textbook.blend(student, teacher, EPSILON, bisections=30)
 
 
 FUNCTIONS = {
@@ -186,6 +216,41 @@ FUNCTIONS = {
         inplace=False,
         gradient=False,
     ),
+    "sample": sampler(
+        "sample",
+        (),
+        textbook=lambda z: textbook.draw(textbook.probs(z)),
+        opdc=lambda z: opdc.sample(z)[:2],
+        law=textbook.log_probs,
+    ),
+    "sample_top_p": sampler(
+        f"sample, top-p {TOP_P}",
+        (),
+        textbook=lambda z: textbook.draw_from(*textbook.top_p_probs(z, TOP_P)),
+        opdc=lambda z: opdc.sample(z, top_p=TOP_P)[:2],
+        law=lambda z: _over_the_vocabulary(*textbook.top_p_probs(z, TOP_P), z),
+    ),
+    "sample_top_k": sampler(
+        f"sample, top-k {TOP_K}",
+        (),
+        textbook=lambda z: textbook.draw_from(*textbook.top_k_probs(z, TOP_K)),
+        opdc=lambda z: opdc.sample(z, top_k=TOP_K)[:2],
+        law=lambda z: _over_the_vocabulary(*textbook.top_k_probs(z, TOP_K), z),
+    ),
+    "blend_sample": sampler(
+        f"TRB, ε {EPSILON}, sample",
+        ("teacher",),
+        textbook=lambda z, t: textbook.blend_sample(z, t, EPSILON),
+        opdc=lambda z, t: opdc.blend_sample(z, t, EPSILON)[:2],
+        law=_blend_law,
+    ),
+    "blend_verify": sampler(
+        f"TRB, ε {EPSILON}, verify {DRAFT_LENGTH} drafts",
+        ("teacher", "tokens"),
+        textbook=_in_blocks(lambda z, t, y: textbook.blend_verify(z, t, y, EPSILON)),
+        opdc=_in_blocks(lambda z, t, y: opdc.blend_verify(y, z, t, EPSILON)),
+        law=_blend_law,
+    ),
 }
 
 
@@ -289,7 +354,7 @@ class Contender:
 
 
 def work(
-    call: Callable[..., Tensor],
+    call: Callable[..., Any],
     function: Function,
     inputs: Inputs,
     *,
@@ -318,7 +383,7 @@ def work(
 
     options = {"inplace": True} if inplace else {}
 
-    def run() -> Tensor:
+    def run() -> Any:
         first = None
         for student, part in zip(students, parts, strict=True):
             result = call(student, *part.of(function), **options)
@@ -333,13 +398,30 @@ def work(
 
 
 def exact(function: Function, inputs: Inputs) -> Tensor:
-    """What the first rows should be, or all of them: by the textbook in float64."""
+    """What the first rows should be, or all of them: by the textbook in float64.
+
+    Of a sampler, which nobody can foretell, the log-probs of all that it could draw.
+    """
     few = inputs if function.whole else inputs.slice(0, CHECKED_ROWS)
     student = few.student.double().requires_grad_(function.gradient)
-    result = function.textbook(student, *map(_in_double, few.of(function)))
+    compute = function.law or function.textbook
+    result: Tensor = compute(student, *map(_in_double, few.of(function)))
     if function.gradient:
         (result,) = torch.autograd.grad(result * (len(few) / len(inputs)), student)
     return result
+
+
+def error(function: Function, result: Any, reference: Tensor) -> float:
+    """How far a result is from `exact`: relative, in norm."""
+    if function.law is not None:
+        tokens, result = result
+        count = min(len(tokens), len(reference))
+        drawn = tokens[:count].clamp(min=0).unsqueeze(-1)
+        reference = reference[:count].gather(-1, drawn).squeeze(-1)[tokens[:count] >= 0]
+        result = result[:count][tokens[:count] >= 0]
+    count = min(len(result), len(reference))  # a piece may be shorter
+    difference = result[:count].double() - reference[:count]
+    return float(difference.norm() / reference[:count].norm())
 
 
 def _in_double(value: Any) -> Any:

@@ -16,18 +16,22 @@ import torch
 from torch import Tensor
 
 from .. import info
+from . import generation
 from .contenders import (
     DTYPES,
     FUNCTIONS,
     Contender,
     Function,
     Inputs,
+    error,
     exact,
     make_inputs,
     work,
 )
 
 SLOW = 4.0  # seconds; a call as long as this is not worth repeating, its noise averages out in it
+PATIENCE = 4.0  # shares of a case that a single call of eager or compile may take, as far as known
+GENERATE_CASES = 10  # shares that generate has of the budget
 REHEARSALS = 4  # untimed calls before a timed one, at most
 REHEARSAL = 1.0  # seconds that they may take together, but one there always is
 OVERHEAD_SHAPE = (1, 128)  # so few logits that only the cost of the call is left
@@ -56,6 +60,7 @@ class Plan:
     vocabulary: int
     repeats: int
     budget: float
+    generate: bool = False  # end to end, too
     seed: int = 0
 
     def cases(self) -> list[tuple[int, int, str, str]]:
@@ -64,14 +69,13 @@ class Plan:
 
     def steps(self) -> int:
         """How much `Benchmark.run` reports: the cases, then what is measured once for a dtype."""
-        return len(self.cases()) + len(self.dtypes) * (
-            len(self.functions) + ("topk" in self.functions)
-        )
+        once = len(self.dtypes) * (len(self.functions) + ("topk" in self.functions))
+        return len(self.cases()) + once + self.generate
 
     def bytes(self) -> int:
         """What the inputs need: student, teacher and scratch in float32 and in each other dtype."""
         element = 4 + sum(DTYPES[name].itemsize for name in self.dtypes if name != "float32")
-        return 3 * element * max(self.rows) * self.vocabulary
+        return 3 * element * max(self.rows) * self.vocabulary if self.functions else 0
 
 
 # ---- memory ----------------------------------------------------------------------------------
@@ -224,7 +228,10 @@ class Benchmark:
             "orders": [],
             "overhead_shape": OVERHEAD_SHAPE,
             "overhead": [],
+            "generate": None,
         }
+        if not plan.functions:
+            return
         wide = make_inputs(max(plan.rows), plan.vocabulary, plan.seed)
         self.inputs = {
             name: wide if name == "float32" else wide.to(DTYPES[name]) for name in plan.dtypes
@@ -232,6 +239,8 @@ class Benchmark:
         # One float32 matrix onto another: the copy that a stream is half of.
         self.copy_from, self.copy_to = wide.student, wide.scratch
         self.memory: dict[tuple[str, str, str], float] = {}  # bytes a row, where measured
+        self.seconds: dict[tuple[str, str, str], float] = {}  # a row, where measured
+        self.laws: dict[tuple[Callable[..., Tensor], str], Tensor] = {}  # of samplers
 
     def run(self) -> Iterator[str]:
         """Measures case by case, yielding what comes next."""
@@ -249,11 +258,39 @@ class Benchmark:
             for dtype, function in itertools.product(self.plan.dtypes, self.plan.functions):
                 yield f"{FUNCTIONS[function].title}, {dtype}, overhead of a call"
                 self.result["overhead"].append(self.overhead(function, dtype))
+            if self.plan.generate:
+                yield "generate, end to end"
+                self.result["generate"] = self.generate()
             self.result["complete"] = True
         finally:
             gc.unfreeze()
             torch.set_num_threads(threads)
             self.result["seconds"] = time.monotonic() - self.started
+
+    def share(self, cases: int = 1) -> float:
+        """The seconds of so many cases."""
+        total = len(self.plan.cases()) + GENERATE_CASES * self.plan.generate
+        return self.plan.budget * cases / total
+
+    def generate(self) -> dict[str, Any]:
+        """Time for a token of `generate` with and without a blend, and what the blends did."""
+        blends: dict[str, Any] = {}
+        try:
+            setting = generation.make_setting(self.plan.seed)
+            contenders = generation.contenders(setting, blends)
+        except ImportError as error:
+            return {"left_out": f"{error.name} is not installed: pip install '.[demo]'"}
+        share = self.share(GENERATE_CASES) / len(contenders)
+        samples = interleave(contenders, self.plan.repeats, share, lambda *_: None)
+        return {
+            **setting.described(),
+            "threads": torch.get_num_threads(),
+            "microseconds": {
+                name: microseconds(values, generation.BATCH * generation.NEW_TOKENS)
+                for name, values in samples.items()
+            },
+            "blends": blends,
+        }
 
     def orders(self, dtype: str) -> dict[str, Any]:
         """Top-K of the same logits in orders that a selection could dislike."""
@@ -290,16 +327,12 @@ class Benchmark:
         notes: list[str] = []
         contenders = self.contenders(name, dtype, inputs, notes)
         errors: dict[str, float] = {}
-        # A reference of all rows in float64 is too large to be made for the larger sizes.
-        checked = not function.whole or rows == min(self.plan.rows)
-        reference = exact(function, inputs) if checked else None
+        reference = self.reference(function, dtype, inputs)
 
-        def inspect(key: str, result: Tensor) -> None:
-            """All must have done the same work: the relative error, in norm, against float64."""
+        def inspect(key: str, result: Any) -> None:
+            """All must have done the same work, up to the error against float64."""
             if key in contenders and reference is not None:
-                count = min(len(result), len(reference))  # a piece may be shorter
-                error = result[:count].double() - reference[:count]
-                errors[key] = float(error.norm() / reference[:count].norm())
+                errors[key] = error(function, result, reference)
 
         source, target = self.copy_from[:rows], self.copy_to[:rows]
         measured = {
@@ -308,9 +341,10 @@ class Benchmark:
             "fill": Contender(lambda: torch.empty_like(inputs.student).fill_(1.0)),
             **{key: value for key, value in contenders.items() if key.startswith("opdc")},
         }
-        share = self.plan.budget / len(self.plan.cases()) / len(measured)
-        samples = interleave(measured, self.plan.repeats, share, inspect)
+        samples = interleave(measured, self.plan.repeats, self.share() / len(measured), inspect)
         times = {key: microseconds(values, rows) for key, values in samples.items()}
+        for key in contenders:
+            self.seconds.setdefault((name, dtype, key), times[key]["median"] / 1e6)
         stream = times["copy"]["median"] / 2
 
         memory = {}
@@ -335,6 +369,17 @@ class Benchmark:
             "notes": notes,
         }
 
+    def reference(self, function: Function, dtype: str, inputs: Inputs) -> Tensor | None:
+        """What to compare the results with."""
+        if function.law is not None:  # of the first rows, whatever their number: made once
+            key = function.law, dtype
+            if key not in self.laws:
+                self.laws[key] = exact(function, inputs)
+            return self.laws[key]
+        # A reference of all rows in float64 is too large to be made for the larger sizes.
+        checked = not function.whole or len(inputs) == min(self.plan.rows)
+        return exact(function, inputs) if checked else None
+
     def contenders(
         self, name: str, dtype: str, inputs: Inputs, notes: list[str]
     ) -> dict[str, Contender]:
@@ -347,6 +392,9 @@ class Benchmark:
                 continue
             if spent > self.plan.budget:
                 notes.append(f"{key} left out: the budget of {self.plan.budget:.0f} s is spent")
+                continue
+            if self.seconds.get((name, dtype, key), 0.0) * len(inputs) > PATIENCE * self.share():
+                notes.append(f"{key} left out: a call takes too much of the budget")
                 continue
             call = function.textbook
             if key == "compile":

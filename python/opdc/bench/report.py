@@ -22,6 +22,12 @@ NAMES = {
     "opdc_inplace": "opdc in place",
 }
 SHORT = {**NAMES, "compile": "compile"}  # for the headings of wide tables
+GENERATED = {
+    "plain": "the student alone",
+    "student": "`BlendSampler`, ε = 0",
+    "blend": "`BlendSampler`",
+    "speculative": "`BlendSampler`, drafts",
+}
 COLOURS = {
     "eager": "#c9c9c9",
     "compile": "#8d99ae",
@@ -135,7 +141,8 @@ def time_table(result: dict[str, Any], cases: list[Case]) -> Table:
     first = cases[0]
     table = _table(
         f"{first['dtype']}, {first['rows']:,} × {result['vocabulary']:,} logits, "
-        f"{plural(first['threads'], 'thread')}: microseconds a row for loss and gradient",
+        f"{plural(first['threads'], 'thread')}: microseconds a row for loss and gradient, or a "
+        "sample",
         f"Medians, ± half the range. One stream, half a copy of a float32 row: {number(stream)} µs."
         f" empty().fill_() of the gradient: {number(fill)} µs a row.",
         ["function"]
@@ -188,7 +195,8 @@ def memory_table(result: dict[str, Any], cases: list[Case]) -> Table:
     names = contenders(result)
     first = cases[0]
     table = _table(
-        f"{first['dtype']}, {first['rows']:,} rows: extra memory, and the error of the gradient",
+        f"{first['dtype']}, {first['rows']:,} rows: extra memory, and the error of the gradient "
+        "or of the log-probs of a sample",
         "MiB at the peak beyond what was there before the call; the fresh gradient itself has "
         f"{mebibytes(first['gradient'])}.\nError: relative, in norm, against float64.",
         ["function"]
@@ -232,7 +240,7 @@ def overhead_table(result: dict[str, Any]) -> Table:
     names = [name for name in ("eager", "opdc") if name in result["overhead"][0]]
     rows, vocabulary = result.get("overhead_shape", (1, 32))
     table = _table(
-        f"Overhead of a call: microseconds for loss and gradient of {rows} × {vocabulary} logits",
+        f"Overhead of a call: microseconds for {rows} × {vocabulary} logits",
         "",
         ["function", *(f"{SHORT[name]}, {dtype}" for dtype in dtypes for name in names)],
     )
@@ -242,6 +250,55 @@ def overhead_table(result: dict[str, Any]) -> Table:
             FUNCTIONS[function].title,
             *(number(of_function.get(dtype, {}).get(name)) for dtype in dtypes for name in names),
         )
+    return table
+
+
+def was_generated(result: dict[str, Any]) -> bool:
+    return "microseconds" in (result.get("generate") or {})
+
+
+def generate_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of the table of `generate`."""
+    measured = result["generate"]
+    plain = measured["microseconds"]["plain"]["median"]
+    rows = []
+    for name, found in measured["microseconds"].items():
+        did = measured["blends"].get(name, {})
+        split = [did.get(f"{part}_seconds") for part in ("student", "teacher", "sampling")]
+        rows.append(
+            [
+                GENERATED[name],
+                number(1e6 / found["median"]),
+                times(found["median"] / plain),
+                f"{did['student_forwards']} + {did['teacher_forwards']}" if did else MISSING,
+                f"{did['accepted'] / did['drafted']:.1%}" if did.get("drafted") else MISSING,
+                " + ".join(number(part, 2) for part in split) if did else MISSING,
+            ]
+        )
+    headings = ["`generate`", "tokens/s", "time", "forwards", "accepted", "seconds inside"]
+    return headings, rows
+
+
+def generate_remark(result: dict[str, Any]) -> str:
+    measured = result["generate"]
+    return (
+        f"{measured['model']}, {measured['vocabulary']:,} logits, the teacher as large and "
+        f"{number(measured['divergence'], 2)} nats away; {measured['batch']} responses of "
+        f"{measured['new_tokens']} tokens, ε = {measured['epsilon']}, drafts of "
+        f"{measured['draft_length']}, {plural(measured['threads'], 'thread')}. Forwards and "
+        "seconds: of the student + of the teacher (+ of the sampling)."
+    )
+
+
+def generate_table(result: dict[str, Any]) -> Table:
+    headings, rows = generate_rows(result)
+    table = _table(
+        "generate, end to end",
+        generate_remark(result),
+        [heading.replace("`", "") for heading in headings],
+    )
+    for row in rows:
+        table.add_row(*(cell.replace("`", "") for cell in row))
     return table
 
 
@@ -279,6 +336,8 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
         console.print(orders_table(result), "", highlight=False)
     if result["overhead"]:
         console.print(overhead_table(result), "", highlight=False)
+    if was_generated(result):
+        console.print(generate_table(result), "", highlight=False)
     for note, where in notes(result).items():
         console.print(f"[yellow]{note}[/yellow] ({where})", highlight=False)
 
@@ -290,6 +349,8 @@ def notes(result: dict[str, Any]) -> dict[str, str]:
         where = f"{title(case)} {case['dtype']} {case['rows']} rows {case['threads']} thr."
         for note in case["notes"]:
             found.setdefault(note, []).append(where)
+    if reason := (result.get("generate") or {}).get("left_out"):
+        found["generate left out: " + reason] = ["end to end"]
     return {
         note: f"{where[0]} and {len(where) - 1} more" if len(where) > 1 else where[0]
         for note, where in found.items()
@@ -300,13 +361,33 @@ def notes(result: dict[str, Any]) -> dict[str, str]:
 
 
 def markdown(result: dict[str, Any]) -> str:
+    """What a README shows: the principal cases, and `generate`."""
+    parts = []
+    if result["cases"]:
+        parts.append(_principal_markdown(result))
+    if was_generated(result):
+        headings, rows = generate_rows(result)
+        parts.append("\n".join([*_markdown_table(headings, rows, 1), "", generate_remark(result)]))
+    return "\n\n".join(parts)
+
+
+def _markdown_table(headings: list[str], rows: Iterable[list[str]], labels: int) -> list[str]:
+    """The lines of a table whose first columns are labels, the others numbers."""
+    return [
+        "| " + " | ".join(headings) + " |",
+        "|" + "---|" * labels + "---:|" * (len(headings) - labels),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]
+
+
+def _principal_markdown(result: dict[str, Any]) -> str:
     """The principal cases as a Markdown table, with the machine below."""
     cases = principal(result)
     names = contenders(result)
     compared = [name for name in ("eager", "compile") if name in names]
 
     columns: list[tuple[str, Callable[[Case], str]]] = [
-        ("loss + gradient", title),
+        ("loss + gradient, or a sample", title),
         ("dtype", lambda case: str(case["dtype"])),
     ]
     for name in names:
@@ -318,11 +399,11 @@ def markdown(result: dict[str, Any]) -> str:
     columns.append(("streams (least)", _streams))
     columns.append(("extra memory, MiB", _memory))
 
-    lines = [
-        "| " + " | ".join(heading for heading, _ in columns) + " |",
-        "|---|---|" + "---:|" * (len(columns) - 2),
-        *("| " + " | ".join(cell(case) for _, cell in columns) + " |" for case in cases),
-    ]
+    lines = _markdown_table(
+        [heading for heading, _ in columns],
+        ([cell(case) for _, cell in columns] for case in cases),
+        labels=2,
+    )
     first = cases[0]
     stream = statistics.median(case["stream"] for case in cases)
     remarks = [
@@ -333,6 +414,11 @@ def markdown(result: dict[str, Any]) -> str:
         "Ratios and streams are those of `inplace=True` where the function has it; memory is what "
         "the call needs beyond its inputs: eager → opdc → in place.",
     ]
+    if any(FUNCTIONS[case["function"]].law for case in cases):
+        remarks.append(
+            "Samplers give a token and its log-prob; the others by softmax and `multinomial`, "
+            "after a sort for top-p and 20 bisections for the β of TRB."
+        )
     for record in result.get("orders", []):
         if "opdc" in record:
             random, *others = record["opdc"].items()
@@ -427,7 +513,7 @@ def save_plot(result: dict[str, Any], path: Path) -> None:
     panels[0, 0].invert_yaxis()
     first = cases[0]
     figure.suptitle(
-        f"Loss and gradient, {first['rows']:,} × {result['vocabulary']:,} logits, "
+        f"Loss and gradient, or a sample: {first['rows']:,} × {result['vocabulary']:,} logits, "
         f"{plural(first['threads'], 'thread')}, {result['machine']['cpu']}"
         + ("\nnumbers: how many times faster than eager" if "eager" in names else ""),
         fontsize=10,

@@ -1,8 +1,9 @@
-"""The losses as a researcher writes them in PyTorch: a few lines each, gradients by autograd.
+"""The losses and samplers as a researcher writes them in PyTorch: a few lines each, gradients by
+autograd.
 
 Positions are rows; each function takes the student's logits, the teacher's logits and, where it
-needs them, the tokens, and gives the loss of every row, except where it says otherwise. The
-arithmetic is in float32 or better.
+needs them, the tokens, and gives the loss of every row, except where it says otherwise. A sampler
+gives a token of every row and its log-prob. The arithmetic is in float32 or better.
 """
 
 from __future__ import annotations
@@ -165,3 +166,70 @@ def _of_tokens(s: Tensor, t: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def _policy_gradient(s_y: Tensor, advantage: Tensor) -> Tensor:
     return -advantage * torch.exp(s_y - s_y.detach())
+
+
+# ---- samplers --------------------------------------------------------------------------------
+
+
+def probs(logits: Tensor) -> Tensor:
+    return F.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def top_k_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ids of the k largest logits and their probabilities among themselves."""
+    values, ids = torch.topk(logits, k)
+    return ids, probs(values)
+
+
+def top_p_probs(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """All ids, the likeliest first, and their probabilities within the first mass of top_p."""
+    p, ids = probs(logits).sort(-1, descending=True)
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)
+    return ids, p / p.sum(-1, keepdim=True)
+
+
+def draw(p: Tensor) -> tuple[Tensor, Tensor]:
+    places = torch.multinomial(p, 1)
+    return places.squeeze(-1), p.gather(-1, places).squeeze(-1).log()
+
+
+def draw_from(ids: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    places, logprobs = draw(p)
+    return ids.gather(-1, places.unsqueeze(-1)).squeeze(-1), logprobs
+
+
+def blend(student: Tensor, teacher: Tensor, epsilon: float, bisections: int = 20) -> Tensor:
+    """The log-probs of `p^(1 − β) q^β`, normalised, at the largest β whose KL from p is in budget.
+
+    TRB (arXiv 2605.31159), by bisection.
+    """
+    s, t = log_probs(student), log_probs(teacher)
+    low = torch.zeros_like(s[..., :1])
+    high = torch.ones_like(low)
+    for _ in range(bisections):
+        beta = (low + high) / 2
+        within = divergence(log_probs(torch.lerp(s, t, beta)), s).unsqueeze(-1) <= epsilon
+        low, high = torch.where(within, beta, low), torch.where(within, high, beta)
+    return log_probs(torch.lerp(s, t, low))
+
+
+def blend_sample(student: Tensor, teacher: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    return draw(blend(student, teacher, epsilon).exp())
+
+
+def blend_verify(
+    student: Tensor, teacher: Tensor, drafts: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """Of blocks (..., n) of tokens drawn from the student: those that stand as if drawn from the
+    blend, the correction of the first that does not, and −1 for what came after."""
+    s, mu = log_probs(student), blend(student, teacher, epsilon)
+    index = drafts.unsqueeze(-1)
+    ratio = (mu.gather(-1, index) - s.gather(-1, index)).squeeze(-1).exp()
+    accepted = torch.rand_like(ratio) < ratio
+    # Where the two laws are the same nothing is left to draw from, nor is it needed.
+    rest = (mu.exp() - s.exp()).clamp(min=torch.finfo(mu.dtype).tiny)
+    corrections = draw(rest.flatten(0, -2))[0].view_as(drafts)
+    tokens = torch.where(accepted, drafts, corrections)
+    logprobs = mu.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    rejected = (~accepted).long()
+    return torch.where(rejected.cumsum(-1) - rejected == 0, tokens, -1), logprobs

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .methods import METHODS
+from .rollouts import ROLLOUTS, STUDENT
 
 EXTRA = ("transformers", "matplotlib", "rich", "safetensors")
 # One of each kind: the plain policy gradient, two repairs of it, a top-K loss, full divergences.
@@ -39,6 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="METHOD",
         help=f"several losses side by side (default: {', '.join(COMPARED)})",
+    )
+    parser.add_argument(
+        "--rollout",
+        choices=ROLLOUTS,
+        default=STUDENT,
+        help="who writes the responses: the student, a blend with the teacher within a KL budget "
+        "(TRB), the same from the student's drafts, or the student after a beginning by the "
+        "teacher (default: student)",
     )
     parser.add_argument(
         "--seeds",

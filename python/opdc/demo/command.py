@@ -69,7 +69,10 @@ def _train(run: Run) -> Update | None:
             task = bar.add_task("evaluating", total=result.steps)
             for last in run.updates(SCORES_PER_RUN):
                 running = last.loss if math.isnan(running) else 0.9 * running + 0.1 * last.loss
-                bar.update(task, advance=1, description=f"loss {running:.4f}")
+                lines = [f"loss {running:.4f}"]
+                if result.behaviour:
+                    lines.append(result.behaviour[-1].in_short())
+                bar.update(task, advance=1, description="\n".join(lines))
     except KeyboardInterrupt:
         result.interrupted = True
         if not result.scores:
@@ -81,9 +84,13 @@ def _train(run: Run) -> Update | None:
 
 
 def _time_loss(run: Run, update: Update) -> LossTiming:
-    """Loss and gradient of the same tensors by opdc and by eager PyTorch, taken in turn."""
+    """Loss and gradient of the same tensors by opdc and by eager PyTorch, taken in turn.
+
+    As of the student's own tokens: without the log-probs and the prefixes of another policy.
+    """
     logits = update.student_logits.requires_grad_()
     rollout, temperature = update.rollout, run.result.temperature
+    mask = rollout.mask_of(run.loss_function)
     set_phase(run.loss_function, 1.0)
 
     def by_opdc() -> Tensor:
@@ -91,7 +98,7 @@ def _time_loss(run: Run, update: Update) -> LossTiming:
             logits,
             update.teacher_logits,
             tokens=rollout.tokens,
-            mask=rollout.mask,
+            mask=mask,
             temperature=temperature,
         )
         return loss
@@ -101,7 +108,7 @@ def _time_loss(run: Run, update: Update) -> LossTiming:
             logits[..., : run.pair.valid_vocab] / temperature,
             update.teacher_logits[..., : run.pair.valid_vocab] / temperature,
             rollout.tokens,
-            rollout.mask,
+            mask,
         )
 
     seconds: dict[str, list[float]] = {"opdc": [], "eager": []}

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from .evaluate import Score
 from .methods import METHODS
-from .report import Result, plain_table, print_remarks
+from .report import Result, plain_table, print_remarks, written_by
 
 DIVERGENCE = "reverse KL on policy"
 
@@ -73,10 +73,12 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
         tuple(_numbers(comparison.before)),
         label_width=12,
     )
+    captions = [written_by(first).capitalize()]
     if first.scores[0].exact_match:
-        table.caption = (
+        captions.append(
             "Exact match of the answers, by way of decoding; reverse KL in nats per token"
         )
+    table.caption = "\n".join(filter(None, captions))
     table.add_row("before", *_cells({k: [x] for k, x in _numbers(comparison.before).items()}))
     table.add_section()
     for method, runs in finished.items():
@@ -123,7 +125,7 @@ def save_comparison_plot(comparison: Comparison, path: Path) -> None:
     FigureCanvasAgg(figure)
     figure.suptitle(
         f"On-policy distillation, {first.batch} rollouts an update, seeds: "
-        f"{max(len(runs) for runs in finished.values())}",
+        f"{max(len(runs) for runs in finished.values())}\n{written_by(first)}".rstrip(),
         fontsize=11,
     )
     panels = figure.subplots(1, len(names), squeeze=False)[0]

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import opdc
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -24,6 +26,19 @@ class Rollout:
     tokens: Tensor  # (B, C), the response
     mask: Tensor  # (B, C), true up to and including the end token
     finished: Tensor  # (B,), whether the response came to its end token
+    # Of a sampler other than the model itself:
+    logprobs: Tensor | None = None  # (B, C), of the tokens under the policy that drew them
+    prefix_mask: Tensor | None = None  # (B, C), true where the teacher wrote the token
+
+    def mask_of(self, loss_function: torch.nn.Module) -> Tensor:
+        """The positions that a loss learns from.
+
+        What the teacher wrote is no sample of the student's. TrOPD has a term for it; under other
+        losses, of which those of the sampled token would be biased there, it is only context.
+        """
+        if self.prefix_mask is None or isinstance(loss_function, opdc.nn.TrOPDLoss):
+            return self.mask
+        return self.mask & ~self.prefix_mask
 
 
 @dataclass(frozen=True)
@@ -61,16 +76,22 @@ def distill(
     temperature: float,
     max_new_tokens: int,
     clock: Clock,
+    sampler: Any = None,
 ) -> Iterator[Update]:
-    """Make one update of the student for each batch of prompts, and yield after each."""
+    """Make one update of the student for each batch of prompts, and yield after each.
+
+    `sampler`, an `opdc.hf.BlendSampler`, writes the rollouts in the place of the student.
+    """
     optimizer = torch.optim.AdamW(
         student.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=0.0
     )
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10))
 
-    for prompts in batches:
+    for step, prompts in enumerate(batches):
+        if sampler is not None:
+            sampler.step = step  # its budget, or its prefixes, shrink with the steps
         with clock("rollout"):
-            rollout = roll_out(student, tokenizer, prompts, temperature, max_new_tokens)
+            rollout = roll_out(student, tokenizer, prompts, temperature, max_new_tokens, sampler)
         with clock("teacher forward"), torch.no_grad():
             teacher_logits = response_logits(teacher, rollout)
         with clock("student forward"):
@@ -80,7 +101,9 @@ def distill(
                 student_logits,
                 teacher_logits,
                 tokens=rollout.tokens,
-                mask=rollout.mask,
+                mask=rollout.mask_of(loss_function),
+                old_logprobs=rollout.logprobs,
+                prefix_mask=rollout.prefix_mask,
                 temperature=temperature,
             )
         with clock("backward"):
@@ -95,7 +118,12 @@ def distill(
 
 @torch.no_grad()
 def roll_out(
-    model: Any, tokenizer: Any, prompts: list[str], temperature: float, max_new_tokens: int
+    model: Any,
+    tokenizer: Any,
+    prompts: list[str],
+    temperature: float,
+    max_new_tokens: int,
+    sampler: Any = None,
 ) -> Rollout:
     """Sample a response to each prompt from the model's full distribution; temperature 0: greedy.
 
@@ -109,13 +137,20 @@ def roll_out(
         input_ids=input_ids,
         attention_mask=prompt_mask,
         max_new_tokens=max_new_tokens,
+        custom_generate=sampler,
         **(sampling if temperature > 0 else {"do_sample": False}),
     )
     tokens = sequences[:, input_ids.shape[1] :]
     is_end = torch.isin(tokens, torch.tensor(end_tokens(model), dtype=torch.long))
     mask = is_end.cumsum(-1) - is_end.long() == 0  # no end token before this one
     attention_mask = torch.cat([prompt_mask, mask.long()], dim=1)
-    return Rollout(sequences, attention_mask, tokens, mask, finished=is_end.any(-1))
+    finished = is_end.any(-1)
+    if sampler is None:
+        return Rollout(sequences, attention_mask, tokens, mask, finished)
+    drawn = sampler.last
+    return Rollout(
+        sequences, attention_mask, tokens, mask, finished, drawn.logprobs, drawn.prefix_mask
+    )
 
 
 def response_logits(model: Any, rollout: Rollout) -> Tensor:

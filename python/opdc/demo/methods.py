@@ -26,7 +26,9 @@ class Method(NamedTuple):
 
 def _mean(per_token: Callable[..., Tensor], *options: float) -> Callable[..., Tensor]:
     def mean(student: Tensor, teacher: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        return (per_token(student, teacher, tokens, *options) * mask).sum() / mask.sum()
+        return (per_token(student, teacher, tokens, *options) * mask).sum() / mask.sum().clamp(
+            min=1
+        )
 
     return mean
 
@@ -77,8 +79,7 @@ METHODS = {
         opdc.nn.TrOPDLoss,
         _mean(lambda z, t, y: textbook.tropd(z, t, y, torch.rand(y.shape), 64)),
         "#d9381e",
-        "gains most at T = 0.6 and greedily, little at T = 1; it runs without prefixes of "
-        "the teacher here",
+        "gains most at T = 0.6 and greedily, little at T = 1",
     ),
     "eopd": Method(
         opdc.nn.EOPDLoss,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from rich.table import Table
 
 from .evaluate import Score
 from .methods import METHODS
+from .rollouts import ROLLOUTS, STUDENT, Behaviour
 
 BUILT_IN = "built in"
 COLORS = ("#1f5fa8", "#d9822b", "#3a8f5c")
+BEHAVIOUR_ROWS = 6  # of the updates, in the table of what wrote the rollouts
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Result:
     """Everything measured in one run, as far as it got."""
 
     method: str
+    rollout: str
     student: str
     teacher: str
     prompts: str
@@ -51,7 +55,9 @@ class Result:
     interrupted: bool = False
     losses: list[float] = dataclasses.field(default_factory=list)
     scores: list[Score] = dataclasses.field(default_factory=list)
+    behaviour: list[Behaviour] = dataclasses.field(default_factory=list)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    rollout_seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # part of them
     loss_timing: LossTiming | None = None
     plot: str | None = None
     failure: str | None = None  # why the run was given up
@@ -68,6 +74,9 @@ def print_tables(console: Console, result: Result) -> None:
     console.print()
     console.print(_quality_table(result))
     console.print()
+    if result.behaviour:
+        console.print(_behaviour_table(result))
+        console.print()
     if result.updates:
         console.print(_time_table(result))
         console.print()
@@ -78,11 +87,12 @@ def print_tables(console: Console, result: Result) -> None:
 
 
 def print_remarks(console: Console, methods: list[str], result: Result) -> None:
-    """What not to promise of the methods, where it is known: on the built-in task."""
+    """What not to promise of methods and rollouts, where it is known: on the built-in task."""
     if {result.student, result.teacher, result.prompts} == {BUILT_IN}:
-        for method in methods:
-            if METHODS[method].remark:
-                console.print(f"[bold]{method}[/] {METHODS[method].remark}.")
+        remarks = {method: METHODS[method].remark for method in methods}
+        for name, remark in {**remarks, result.rollout: ROLLOUTS[result.rollout]}.items():
+            if remark:
+                console.print(f"[bold]{name}[/] {remark}.")
                 console.print()
 
 
@@ -113,7 +123,8 @@ def _quality_table(result: Result) -> Table:
     )
     problems = "problems" if result.prompts == BUILT_IN else "of the training prompts"
     table.caption = (
-        f"{result.evaluation_problems} {problems}, the same before and after; seed {result.seed}"
+        f"{result.evaluation_problems} {problems}, the same before and after; seed {result.seed}\n"
+        f"{written_by(result)}".rstrip()
     )
     for name, before in first.exact_match.items():
         after = last.exact_match[name]
@@ -128,6 +139,38 @@ def _quality_table(result: Result) -> Table:
     return table
 
 
+def written_by(result: Result) -> str:
+    """What a caption says where another policy than the student wrote the rollouts."""
+    return "" if result.rollout == STUDENT else f"rollouts: {result.rollout}"
+
+
+def _behaviour_table(result: Result) -> Table:
+    """What wrote the rollouts, at updates from the first to the last."""
+    seen = result.behaviour
+    columns: dict[str, Callable[[Behaviour], str]] = {
+        "epsilon": lambda update: f"{update.epsilon:.4f}",
+        "mean beta": lambda update: f"{update.beta:.3f}",
+        "KL used": lambda update: f"{update.kl:.4f}",
+    }
+    caption = "Budget and KL from the student in nats; beta: the weight of the teacher"
+    if any(update.accepted is not None for update in seen):
+        columns["accepted"] = lambda update: (
+            "" if update.accepted is None else f"{update.accepted:.1%}"
+        )
+        caption += ";\naccepted: of the tokens that the student drafted"
+    if not any(update.epsilon for update in seen):
+        columns = {"teacher's": lambda update: f"{update.prefix:.1%}"}
+        caption = "Share of the tokens that the teacher wrote; the student went on from there"
+    width = 37 + 12 * (3 - len(columns))  # all tables of a report end in the same place
+    table = plain_table(f"What wrote the rollouts: {result.rollout}", tuple(columns), width)
+    table.caption = caption
+    last = len(seen) - 1
+    rows = min(len(seen), BEHAVIOUR_ROWS)
+    for index in (round(row * last / max(rows - 1, 1)) for row in range(rows)):
+        table.add_row(f"update {index + 1}", *(cell(seen[index]) for cell in columns.values()))
+    return table
+
+
 def _time_table(result: Result) -> Table:
     table = plain_table(
         f"Where the time of an update went (threads: {result.threads})",
@@ -135,9 +178,17 @@ def _time_table(result: Result) -> Table:
     )
     parts = {name: spent for name, spent in result.seconds.items() if name != "evaluation"}
     total = sum(parts.values())
-    for name, seconds in parts.items():
+
+    def add(name: str, seconds: float) -> None:
         each = 1e3 * seconds / result.updates
         table.add_row(name, f"{seconds:.2f}", f"{each:.2f}", f"{seconds / total:.1%}")
+
+    for name, seconds in parts.items():
+        add(name, seconds)
+        if name == "rollout" and result.rollout_seconds:
+            for part, spent in result.rollout_seconds.items():
+                add(f"  {part}", spent)
+            add("  everything else", seconds - sum(result.rollout_seconds.values()))
     table.add_section()
     table.add_row("all updates", f"{total:.2f}", f"{1e3 * total / result.updates:.2f}", "100.0%")
     evaluation = result.seconds["evaluation"]
@@ -170,7 +221,8 @@ def save_plot(result: Result, path: Path) -> None:
     axes = figure.subplots(1, panels, squeeze=False)[0]
     updates = [score.updates for score in result.scores]
     figure.suptitle(
-        f"On-policy distillation with {result.method}, {result.batch} rollouts an update",
+        f"On-policy distillation with {result.method}, {result.batch} rollouts an update\n"
+        f"{written_by(result)}".rstrip(),
         fontsize=11,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import transformers
@@ -14,6 +15,7 @@ from .loading import DemoError, check_prompts, knows_the_task, load_pair, read_p
 from .loop import Clock, Update, distill
 from .methods import METHODS, set_phase
 from .report import BUILT_IN, Result
+from .rollouts import STUDENT, BehaviourPolicy
 from .task import Arithmetic, PromptList
 
 # The built-in problems are quickly answered; one's own models may need minutes for as many.
@@ -33,7 +35,17 @@ class Run:
         if arguments.student is None and arguments.teacher is None:
             torch.set_num_threads(1)  # the built-in models are too small to be worth a second one
         self.pair = load_pair(arguments.student, arguments.teacher)
-        self.loss_function = METHODS[method].loss(valid_vocab=self.pair.valid_vocab)
+        loss_function: Any = METHODS[method].loss(valid_vocab=self.pair.valid_vocab)
+        self.loss_function: torch.nn.Module = loss_function
+        self._policy: BehaviourPolicy | None = None
+        if arguments.rollout != STUDENT:
+            self._policy = BehaviourPolicy(
+                arguments.rollout, self.pair.teacher, self.pair.valid_vocab, arguments.steps
+            )
+            if hasattr(loss_function, "advantage"):
+                # Of tokens drawn from the blend: its ratio p/μ corrects the sampling, and must
+                # weigh τ − s. With τ − log μ the loss would descend 1 − β of the reverse KL.
+                loss_function.advantage = "current"
 
         self._source: Arithmetic | PromptList
         if arguments.prompts is not None:
@@ -56,6 +68,7 @@ class Run:
         )
         self.result = Result(
             method=method,
+            rollout=arguments.rollout,
             student=str(arguments.student or BUILT_IN),
             teacher=str(arguments.teacher or BUILT_IN),
             prompts=str(arguments.prompts or BUILT_IN),
@@ -84,26 +97,39 @@ class Run:
         interval = max(1, result.steps // scores)
         torch.manual_seed(result.seed)
         self.score()
-        for update in distill(
-            self.pair.student,
-            self.pair.teacher,
-            self.pair.tokenizer,
-            self.loss_function,
-            self._batches(),
-            learning_rate=result.learning_rate,
-            temperature=result.temperature,
-            max_new_tokens=result.max_new_tokens,
-            clock=self._clock,
-        ):
+        for update in self._distill():
             if not math.isfinite(update.loss):
                 raise DemoError(
                     f"the loss is {update.loss} at update {result.updates + 1}: "
                     "try a smaller --learning-rate"
                 )
             result.losses.append(update.loss)
+            if self._policy is not None:
+                result.behaviour.append(self._policy.seen(result.rollout_seconds))
             yield update
             if result.updates % interval == 0 or result.updates == result.steps:
                 self.score()
+
+    def _distill(self) -> Iterator[Update]:
+        result = self.result
+        try:
+            yield from distill(
+                self.pair.student,
+                self.pair.teacher,
+                self.pair.tokenizer,
+                self.loss_function,
+                self._batches(),
+                learning_rate=result.learning_rate,
+                temperature=result.temperature,
+                max_new_tokens=result.max_new_tokens,
+                clock=self._clock,
+                sampler=self._policy and self._policy.sampler,
+            )
+        except ValueError as error:
+            if self._policy is None or result.updates:
+                raise
+            # What the sampler does not do with these models.
+            raise DemoError(f"--rollout {result.rollout}: {error}") from error
 
     def _batches(self) -> Iterator[list[str]]:
         for step in range(self.result.steps):
