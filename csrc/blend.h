@@ -41,10 +41,10 @@ static inline lane depth(const real *x, int i, lane maximum) {
   return lane_sub(lane_load(x + i), maximum);
 }
 
-/* The blend at beta and its divergence from a model, in one pass. Its logits and, as the student's,
- * the maxima of its tiles and the masses of its blocks are kept where there is a place for them. */
+/* The blend at beta and its divergence from a model, in one pass. Its logits and the masses of its
+ * blocks are kept where there is a place for them. */
 static blend_result measure_blend(const row_call *call, const measured models[MODELS], double beta,
-                                  int reference, besides also, real *blend) {
+                                  int reference, real *blend, mass *blocks) {
   const temperature T = temperature_of(call);
   const measured *student = &models[MODEL_STUDENT], *teacher = &models[MODEL_TEACHER];
   const lane student_maximum = lane_set((real)student->whole.maximum),
@@ -73,9 +73,8 @@ static blend_result measure_blend(const row_call *call, const measured models[MO
       lane_store(at.x + i, x);
     }
     if (blend) memcpy(blend + start, at.x, (size_t)count * sizeof(real));
-    tile_maxima(at.x, start, count, also.student_tiles);
     const mass mine = exponentials(call, at.x, start, count, lane_maximum(largest), T, ahead, at.p);
-    if (also.student_blocks) also.student_blocks[start / BLOCK] = mine;
+    if (blocks) blocks[start / BLOCK] = mine;
     mass other = models[reference].blocks[start / BLOCK];
     const real *q = kept_block(models[reference].kept, start);
     kl_result result;
@@ -126,13 +125,13 @@ static void solve(const row_call *call, const measured models[MODELS], kl_result
   out->beta = out->student_kl = 0;
   if (epsilon == 0) return;
   if (apart.reverse_kl == INFINITY) {
-    const blend_result none = measure_blend(call, models, 0, MODEL_STUDENT, (besides){0}, NULL);
+    const blend_result none = measure_blend(call, models, 0, MODEL_STUDENT, NULL, NULL);
     out->evaluations++;
     least = low_kl = none.kl;
     if (1 + none.whole.rest == 0 || !(least <= epsilon)) return;
   }
   if (at_one == INFINITY) {
-    at_one = measure_blend(call, models, 1, MODEL_STUDENT, (besides){0}, NULL).kl;
+    at_one = measure_blend(call, models, 1, MODEL_STUDENT, NULL, NULL).kl;
     out->evaluations++;
   }
   if (at_one <= epsilon) {
@@ -144,7 +143,7 @@ static void solve(const row_call *call, const measured models[MODELS], kl_result
   if (!(beta > 0 && beta < 1)) beta = 0.5;
   while (out->evaluations < EVALUATIONS) {
     beta = (double)(real)beta;
-    const blend_result here = measure_blend(call, models, beta, MODEL_STUDENT, (besides){0}, NULL);
+    const blend_result here = measure_blend(call, models, beta, MODEL_STUDENT, NULL, NULL);
     const double over = here.kl - least, spread = here.square - here.kl * here.kl;
     const double distance = SCALAR(log)((epsilon - least) / over);
     const int is_met = fabs(here.kl - epsilon) <= BUDGET_TOLERANCE * epsilon;

@@ -146,6 +146,7 @@ static inline double weight_of(const law *of, double z) {
 /* Keeps the k first ids and, of them, the first that have the part top_p of their mass. */
 static void cut_to_k(law *of, int64_t k, double top_p, candidate *tiles) {
   candidate *found;
+  (void)read_tiles(of->logits, of->type, of->vocabulary, tiles);
   const int64_t count = largest(of->logits, of->type, of->vocabulary, k, tiles, &found);
   int64_t kept = count;
   double total = 0, sum = 0;
@@ -280,36 +281,35 @@ static const real *native_row(const sampling *call, const void *logits, dtype ty
   return to;
 }
 
-/* The student's law and, of a blend, the teacher and the law of the blend. 0: a row that is
- * no distribution. */
+/* Of both models, and what is drawn from. 0: a row that is no distribution. */
 typedef struct laws {
-  law student, behaviour;
-  measured teacher; /* its logits are NULL where there is none */
+  law student, teacher, behaviour;
 } laws;
+
+static law law_of(const row_call *call, const void *logits, dtype type, mass whole,
+                  const mass *blocks) {
+  return (law){.logits = logits,
+               .type = type,
+               .vocabulary = call->vocabulary,
+               .T = temperature_of(call),
+               .whole = whole,
+               .blocks = blocks};
+}
 
 static int find_laws(const sampling *call, const sampling_input *input,
                      const sampling_workspace *work, laws *out, sampled *to) {
   row_call pair = call->row;
-  const int cuts = call->row.k > 0;
-  const law common = {.vocabulary = pair.vocabulary, .T = temperature_of(&pair)};
-  candidate *tiles = cuts ? work->candidates : NULL;
   to->logprob = to->student_logprob = to->teacher_logprob = to->beta = to->student_kl =
       to->teacher_kl = NAN;
   to->accepted = to->evaluations = 0;
   to->valid = 1;
   to->token = -1;
   to->is_unmet = 0;
-  out->student = out->behaviour = common;
-  out->teacher.logits = NULL;
   if (!input->teacher) {
-    const mass whole =
-        measure_one(&pair, input->student, pair.student_type,
-                    (besides){.student_tiles = tiles, .student_blocks = work->student_blocks});
-    out->student.logits = input->student;
-    out->student.type = pair.student_type;
-    out->student.whole = whole;
-    out->student.blocks = work->student_blocks;
-    out->behaviour = out->student;
+    const mass whole = measure_one(&pair, input->student, pair.student_type,
+                                   (besides){.student_blocks = work->student_blocks});
+    out->student = out->behaviour =
+        law_of(&pair, input->student, pair.student_type, whole, work->student_blocks);
     return 1 + whole.rest > 0;
   }
 
@@ -318,32 +318,30 @@ static int find_laws(const sampling *call, const sampling_input *input,
       .teacher = native_row(call, input->teacher, pair.teacher_type, work->teacher)};
   const besides also = {.kept = work->kept,
                         .teacher_kept = work->teacher_kept,
-                        .student_tiles = tiles,
                         .student_blocks = work->student_blocks,
                         .teacher_blocks = work->teacher_blocks};
   row whole;
   pair.student_type = pair.teacher_type = NATIVE;
   const kl_result apart = measure_pair(&pair, &both, also, &whole);
+  if (!(1 + whole.student.rest > 0 && 1 + whole.teacher.rest > 0)) return 0;
   const measured models[MODELS] = {
       {both.student, whole.student, work->student_blocks, work->kept},
       {both.teacher, whole.teacher, work->teacher_blocks, work->teacher_kept}};
-  out->teacher = models[MODEL_TEACHER];
-  out->student.logits = both.student;
-  out->student.type = NATIVE;
-  out->student.whole = whole.student;
-  out->student.blocks = work->student_blocks;
-  out->behaviour = out->student;
-  if (!(1 + whole.student.rest > 0 && 1 + whole.teacher.rest > 0)) return 0;
+  out->student = law_of(&pair, both.student, NATIVE, whole.student, work->student_blocks);
+  out->teacher = law_of(&pair, both.teacher, NATIVE, whole.teacher, work->teacher_blocks);
   solve(&pair, models, apart, input->epsilon, to);
-  to->teacher_kl = apart.reverse_kl;
-  if (to->beta == 0) return 1;
-  const besides of_blend = {.student_tiles = tiles, .student_blocks = work->blend_blocks};
-  const blend_result found =
-      measure_blend(&pair, models, to->beta, MODEL_TEACHER, of_blend, work->blend);
-  to->teacher_kl = found.kl;
-  out->behaviour.logits = work->blend;
-  out->behaviour.whole = found.whole;
-  out->behaviour.blocks = work->blend_blocks;
+  if (to->beta == 0) {
+    out->behaviour = out->student;
+    to->teacher_kl = apart.reverse_kl;
+  } else if (to->beta == 1 && apart.forward_kl < INFINITY) { /* no id of q is missing in mu */
+    out->behaviour = out->teacher;
+    to->teacher_kl = 0;
+  } else {
+    const blend_result found =
+        measure_blend(&pair, models, to->beta, MODEL_TEACHER, work->blend, work->blend_blocks);
+    out->behaviour = law_of(&pair, work->blend, NATIVE, found.whole, work->blend_blocks);
+    to->teacher_kl = found.kl;
+  }
   return 1;
 }
 
@@ -396,9 +394,9 @@ static void sample(const sampling *call, const sampling_input *input,
   }
   out->logprob = logprob_of(logit_of(&at.behaviour, out->token), &kept, inverse);
   out->student_logprob = logprob_of(logit_of(&at.student, out->token), &at.student.whole, inverse);
-  if (at.teacher.logits)
+  if (input->teacher)
     out->teacher_logprob =
-        logprob_of((double)at.teacher.logits[out->token], &at.teacher.whole, inverse);
+        logprob_of(logit_of(&at.teacher, out->token), &at.teacher.whole, inverse);
 }
 
 static void blend(const sampling *call, const sampling_input *input, const sampling_workspace *work,
