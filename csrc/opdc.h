@@ -261,9 +261,10 @@ typedef struct opdc_sampling {
  *   tokens  (...) int64; -1 for a NaN kind of row, in one of the models, and for a void one
  *   columns (..., OPDC_SAMPLE_COLUMNS), dtype of the arithmetic
  *
- * Reads the rows once from memory, a blend three or four times more from the cache. The rows of
- * V numbers that a thread has for itself: three for a blend, two more for other dtypes than that of
- * the arithmetic and for eos, three for a top_p below 1. */
+ * Reads the rows once from memory; a blend reads them and their exponentials again for each pass of
+ * the search, from the cache. A row of float32 whose log-ratios are so large that no float32 beta
+ * meets its budget is done again in float64. For the time of the call each thread has five rows of
+ * V doubles for a blend, and three for a top_p below 1 or the candidates of top_k. */
 opdc_status opdc_sample(const opdc_sampling *call, const DLTensor *tokens, const DLTensor *columns,
                         opdc_error *error);
 
