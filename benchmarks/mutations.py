@@ -1094,6 +1094,13 @@ MUTATIONS = (
         "blend_support_ignored", BLEND, "|| !(least <= epsilon)) return;", ") return;", (BLENDING,)
     ),
     Mutation("blend_without_a_common_id", BLEND, "1 + none.whole.rest == 0 ||", "", (BLENDING,)),
+    Mutation(
+        "blend_in_floats_alone",
+        SAMPLE,
+        "if (out.is_unmet && !at->constants.row.is_double)",
+        "if (0)",
+        (C_TESTS,),
+    ),
     Mutation("blend_without_halving", BLEND, "if (is_slow || !(", "if (!(", (C_TESTS,)),
     Mutation(
         "blend_offset_lost", BLEND, "log_ratio + (double)slope * shift", "log_ratio", (C_TESTS,)

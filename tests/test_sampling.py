@@ -339,6 +339,14 @@ def test_hazard_14_exact_fractions_among_different_masses():
             assert kept_ids(logits, top_p=mass / 32 + 1e-6) == sorted(best_first[: count + 1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_hazard_14_exact_fractions_at_the_end_of_a_digit(dtype):
+    """At T = 1 / log 2 a logit less by 1 has half the mass, exactly: (4, 2, 1, 1)/8."""
+    logits = torch.tensor([-1.0, 0.0, -2.0, -2.0], dtype=dtype)
+    for top_p, wanted in ((0.5, [1]), (0.75, [0, 1]), (0.875, [0, 1, 2])):
+        assert kept_ids(logits, top_p=top_p, temperature=1 / math.log(2)) == wanted
+
+
 def test_hazard_14_top_p_of_1_keeps_ids_of_next_to_no_mass():
     """Mass that fp32 does not see in a sum near 1, drawn from the side of u = 0."""
     for small in (-16.0, -40.0, -80.0):
