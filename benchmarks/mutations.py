@@ -1281,6 +1281,20 @@ MUTATIONS = (
         (GENERATING,),
     ),
     Mutation(
+        "drafts_over_a_full_row",
+        GENERATION,
+        "has_room = self.active & (self.lengths + index < self.room)",
+        "has_room = torch.ones_like(self.active)",
+        (GENERATING,),
+    ),
+    Mutation(
+        "blend_excluded_id_underflows",
+        DRAW,
+        "to->beta == 1 && !excludes_an_id(both.student, pair.vocabulary)",
+        "to->beta == 1 && apart.forward_kl < INFINITY",
+        (BLENDING,),
+    ),
+    Mutation(
         "rejected_drafts_are_seen",
         GENERATION,
         "            transcript.hide(rejected)\n",

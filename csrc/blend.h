@@ -13,7 +13,7 @@
 #define OPDC_BLEND_H
 
 #define BUDGET_TOLERANCE 5e-5 /* of epsilon; half of what is promised */
-#define EVALUATIONS 60        /* more than a bisection of floats takes */
+#define EVALUATIONS 60        /* after which the largest beta counts that was within the budget */
 enum { MODEL_STUDENT, MODEL_TEACHER, MODELS };
 
 /* A model in numbers of the arithmetic, and what was measured of it. */
@@ -165,7 +165,7 @@ static void solve(const row_call *call, const measured models[MODELS], kl_result
     if ((real)beta == (real)low || (real)beta == (real)high) break; /* no number between them */
   }
   out->beta = low;
-  out->student_kl = low_kl;
+  out->student_kl = low > 0 ? low_kl : 0;
 }
 
 #endif

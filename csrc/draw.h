@@ -286,6 +286,12 @@ typedef struct laws {
   law student, teacher, behaviour;
 } laws;
 
+static int excludes_an_id(const real *logits, int64_t vocabulary) {
+  int any = 0;
+  for (int64_t i = 0; i < vocabulary; i++) any |= logits[i] == -(real)INFINITY;
+  return any;
+}
+
 static law law_of(const row_call *call, const void *logits, dtype type, mass whole,
                   const mass *blocks) {
   return (law){.logits = logits,
@@ -333,7 +339,7 @@ static int find_laws(const sampling *call, const sampling_input *input,
   if (to->beta == 0) {
     out->behaviour = out->student;
     to->teacher_kl = apart.reverse_kl;
-  } else if (to->beta == 1 && apart.forward_kl < INFINITY) { /* no id of q is missing in mu */
+  } else if (to->beta == 1 && !excludes_an_id(both.student, pair.vocabulary)) { /* mu = q */
     out->behaviour = out->teacher;
     to->teacher_kl = 0;
   } else {

@@ -231,14 +231,15 @@ opdc_status opdc_topk(const DLTensor *logits, double temperature, int64_t valid_
  * the first ones that have the part top_p of their mass. The token is the first id, in the order
  * of ids, whose cumulative mass exceeds uniform times the whole; never one of mass 0. */
 typedef struct opdc_sampling {
-  const DLTensor *student;  /* (..., V) logits */
-  const DLTensor *teacher;  /* (..., V) logits; NULL: the student alone */
-  const DLTensor *epsilon;  /* (...) floating, KL budgets in nats of at least 0; with a teacher */
-  const DLTensor *drafts;   /* (...) int64 or int32: tokens drawn from the student at the same
+  const DLTensor *student; /* (..., V) logits */
+  const DLTensor *teacher; /* (..., V) logits; NULL: the student alone */
+  const DLTensor *epsilon; /* (...) floating, KL budgets in nats of at least 0; with a teacher */
+  const DLTensor
+      *drafts;              /* (...) int64 or int32: tokens drawn from the student at the same
                                temperature, not cut off, in blocks along the last position axis; each
                                stands with probability min(1, mu / p), the first that does not is put
-                               right by a draw from (mu - p)_+, and the rest of its block is void: not
-                               read. So the tokens are distributed exactly as mu. NULL: none */
+                               right by a draw from (mu - p)_+, and the rest of its block is void: its
+                               logits are not read. So the tokens are distributed exactly as mu. NULL: none */
   const DLTensor *uniforms; /* (...) floating in [0, 1), one for each draw; with drafts (..., 2):
                                to accept, and to put right */
   double temperature;

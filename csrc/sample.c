@@ -54,6 +54,8 @@ static opdc_status check_call(const opdc_sampling *call, sampling_plan *out, opd
                   "epsilon: got %g at position %lld, want a KL budget in nats of at least 0",
                   epsilon, (long long)i);
   }
+  if (call->student_eos >= 0 && !call->teacher)
+    return fail(error, OPDC_INVALID_VALUE, "eos_map: got one without a teacher; leave it out");
   if ((call->student_eos < 0) != (call->teacher_eos < 0) || call->student_eos >= to->vocabulary ||
       call->teacher_eos >= to->vocabulary ||
       (call->student_eos >= 0 && call->student_eos == call->teacher_eos))

@@ -433,3 +433,11 @@ def test_random_calls_end_in_an_error_or_a_right_answer(seed):
     torch.manual_seed(seed)
     answered = answered_calls(150, lambda: random_call(r), check_against_the_oracle)
     assert 30 < answered < 130
+
+
+def test_eos_map_of_one_model_is_refused_by_the_core():
+    numbers = torch.ones(2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"eos_map.*without a teacher"):
+        torch.ops.opdc.sample(
+            torch.zeros(1, 4), None, None, None, torch.zeros(1), numbers, 0, 0, 0, 1
+        )

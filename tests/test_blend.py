@@ -784,3 +784,18 @@ def test_nothing_here_receives_a_gradient():
     result = both(*leaves)
     assert not any(x.requires_grad for x in result)
     assert same(result, expected)
+
+
+@pytest.mark.parametrize(("dtype", "far"), [(torch.float32, -200.0), (torch.float64, -1000.0)])
+def test_an_id_that_the_student_excludes_stays_out_where_the_teachers_underflows(dtype, far):
+    student = torch.tensor([0.0, 0.0, -INFINITY], dtype=dtype)
+    policy = opdc.blend(student, torch.tensor([0.0, 1.0, far], dtype=dtype), INFINITY)
+    assert policy.beta == 1
+    assert policy.logprobs[2] == -INFINITY
+
+
+def test_without_a_beta_within_the_budget_the_policy_is_the_student():
+    """Any β > 0 that a number can hold moves all the mass to one id."""
+    policy = opdc.blend(torch.zeros(3), torch.tensor([-INFINITY, 0.0, -3e38]), 0.5)
+    assert policy.beta == policy.student_kl == 0
+    torch.testing.assert_close(policy.logprobs, torch.full((3,), -math.log(3)))

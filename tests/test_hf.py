@@ -420,6 +420,29 @@ def test_processors_act_on_the_student_before_the_blend(llamas, draft_length):
     assert all(len(row) >= 4 and 5 not in row for row in got)
 
 
+def test_drafts_do_not_overwrite_rows_that_are_full(llamas):
+    """Where processors are to see the drafts, these lie among the tokens for a while."""
+    for seed in range(5):
+        sampler = BlendSampler(llamas[1], 0.5, draft_length=4, generator=seeded(seed))
+        keywords = {"stops": None, "suppress_tokens": [0, 5]}
+        rows = roll_out(llamas[0], sampler, max_new_tokens=7, **keywords)
+        assert not any({0, 5} & set(row) for row in rows)
+        for number, prompt in enumerate(PROMPTS):
+            scores = [logits_of(llamas[0], [*prompt, *rows[number][:at]])[0] for at in range(7)]
+            laws = (
+                torch.stack(scores).index_fill(1, torch.tensor([0, 5]), -math.inf).log_softmax(-1)
+            )
+            wanted = laws.gather(1, torch.tensor(rows[number])[:, None])[:, 0]
+            got = sampler.last.student_logprobs[number]
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4, check_dtype=False)
+
+
+def test_top_p_of_0_keeps_one_id(llamas):
+    greedy, cut = (BlendSampler(llamas[1], 0.5, generator=seeded()) for _ in range(2))
+    wanted = roll_out(llamas[0], greedy, do_sample=False)
+    assert roll_out(llamas[0], cut, top_p=0.0) == wanted
+
+
 class Favour(LogitsProcessor):
     """Records what it sees and raises the score of an id by log 3."""
 

@@ -17,7 +17,7 @@ Undefined input: a row with NaN, `+inf` or nothing but `−inf`, in one of the m
 Nothing here is differentiable: all results are detached.
 
 Errors: `ValueError` for shapes, numbers, token ids and combinations, `TypeError` for types, dtypes
-and devices. Nothing has been drawn then.
+and devices. No token has been drawn then, but a generator may have advanced.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Blend(NamedTuple):
     Attributes:
         logprobs: `(..., V)`, `log μ`.
         beta: `(...)`, the weight of the teacher in `[0, 1]`.
-        student_kl: `(...)`, `KL(μ‖p)`, at most the budget.
+        student_kl: `(...)`, `KL(μ‖p)`, at most the budget, to a relative 1e-4.
         teacher_kl: `(...)`, `KL(μ‖q)`.
 
     >>> import opdc, torch
@@ -77,7 +77,7 @@ class BlendSample(NamedTuple):
         student_logprobs: `log p` of them, of the whole vocabulary.
         teacher_logprobs: `log q` of them, of the whole vocabulary.
         beta: the weight of the teacher in `[0, 1]`.
-        student_kl: `KL(μ‖p)` of the whole `μ`, at most the budget.
+        student_kl: `KL(μ‖p)` of the whole `μ`, at most the budget, to a relative 1e-4.
         teacher_kl: `KL(μ‖q)` of the whole `μ`.
 
     >>> import opdc, torch
@@ -100,7 +100,8 @@ class BlendVerify(NamedTuple):
     Attributes:
         accepted: bool, the draft stood.
         valid: bool, the position counts: those up to the first draft that did not stand, that one
-            included. Elsewhere the token is −1 and the numbers are NaN.
+            included; a row of undefined input counts as one that did not. Elsewhere the token is
+            −1 and the numbers are NaN. (Drafts and uniforms there must be in range all the same.)
 
     >>> import opdc, torch
     >>> drafts = torch.tensor([0, 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,7 +76,8 @@ class Decoding:
                 if isinstance(warper, TopKLogitsWarper):
                     decoding.top_k = warper.top_k
                 else:
-                    decoding.top_p = warper.top_p
+                    # 0, which transformers allow, keeps one id: as any part of its mass does.
+                    decoding.top_p = max(warper.top_p, sys.float_info.min)
             decoding.warpers = LogitsProcessorList()
         return decoding
 

@@ -232,8 +232,11 @@ class Generation:
             # A row without a law draws −1, which only its verification may report.
             drafts[:, index] = behaviour.aligned(drawn.tokens.clamp(min=0))
             if decoding.processors:
-                at = (self.lengths + index).clamp(max=self.room - 1)
-                self.tokens.scatter_(1, at[:, None], drafts[:, index, None])
+                # Only where there is room: a finished row's last token is no place for a draft.
+                has_room = self.active & (self.lengths + index < self.room)
+                at = (self.lengths + index).clamp(max=self.room - 1)[:, None]
+                kept = self.tokens.gather(1, at)
+                self.tokens.scatter_(1, at, drafts[:, index, None].where(has_room[:, None], kept))
             if index + 1 < count:
                 position = torch.minimum(start + index + 1, self.last_position)
                 transcript.append(drafts[:, index], position)
