@@ -307,8 +307,8 @@ def test_hazard_24_calls_from_many_threads():
 
 def test_hazard_24_tensors_reshaped_and_dropped_while_kernels_run():
     teacher = torch.randn(16, 20_000)
-    shared = {"student": torch.randn(16, 20_000)}
-    kept = shared["student"]
+    kept = torch.randn(16, 20_000)
+    shared = {"student": kept.clone()}  # never `kept` itself, whose shape changes
     expected = core("jsd", kept, teacher)
     stop = threading.Event()
 
