@@ -406,8 +406,7 @@ opdc_status opdc_scale(const DLTensor *gradient, const DLTensor *upstream, const
   const instruction_set *set = instruction_set_in_use(error);
   if (!set) return OPDC_INVALID_VALUE;
   memset(&at, 0, sizeof at);
-  if (threads < 1)
-    return fail(error, OPDC_INVALID_VALUE, "threads: got %d, want at least 1", threads);
+  TRY(check_threads(threads, error));
   TRY(check_logits("gradient", gradient, &at.gradient, error));
   TRY(check_value("upstream", upstream, &at.gradient, upstream && upstream->ndim > 0, &at.upstream,
                   error));

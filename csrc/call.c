@@ -307,8 +307,7 @@ opdc_status make_plan(const opdc_call *call, const DLTensor *rows, plan *out, op
   if (!out->method)
     return fail(error, OPDC_INVALID_VALUE, "method: got %d, want 0 to %d", call->method,
                 METHOD_COUNT - 1);
-  if (call->threads < 1)
-    return fail(error, OPDC_INVALID_VALUE, "threads: got %d, want at least 1", call->threads);
+  TRY(check_threads(call->threads, error));
   if (call->reduction < OPDC_NONE || call->reduction > OPDC_SEQ_MEAN)
     return fail(error, OPDC_INVALID_VALUE, "reduction: got %d, want one of opdc_reduction",
                 (int)call->reduction);

@@ -349,6 +349,11 @@ opdc_status check_value(const char *name, const DLTensor *tensor, const view *lo
   return OPDC_OK;
 }
 
+opdc_status check_threads(int threads, opdc_error *error) {
+  if (threads >= 1) return OPDC_OK;
+  return fail(error, OPDC_INVALID_VALUE, "threads: got %d, want at least 1", threads);
+}
+
 opdc_status check_uniform(double uniform, int64_t position, opdc_error *error) {
   if (uniform >= 0 && uniform < 1) return OPDC_OK;
   return fail(error, OPDC_INVALID_VALUE,

@@ -75,6 +75,8 @@ opdc_status check_doubles(const char *name, const DLTensor *tensor, int64_t rows
 opdc_status check_value(const char *name, const DLTensor *tensor, const view *logits,
                         int per_position, view *out, opdc_error *error);
 
+/* At least 1. */
+opdc_status check_threads(int threads, opdc_error *error);
 /* A number in [0, 1). */
 opdc_status check_uniform(double uniform, int64_t position, opdc_error *error);
 /* log2(e) / T must be a number, and so must the T-fold of the lowest exponent. */

@@ -305,12 +305,6 @@ static law law_of(const row_call *call, const void *logits, dtype type, mass who
 static int find_laws(const sampling *call, const sampling_input *input,
                      const sampling_workspace *work, laws *out, sampled *to) {
   row_call pair = call->row;
-  to->logprob = to->student_logprob = to->teacher_logprob = to->beta = to->student_kl =
-      to->teacher_kl = NAN;
-  to->accepted = to->evaluations = 0;
-  to->valid = 1;
-  to->token = -1;
-  to->is_unmet = 0;
   if (!input->teacher) {
     const mass whole = measure_one(&pair, input->student, pair.student_type,
                                    (besides){.student_blocks = work->student_blocks});

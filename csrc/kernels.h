@@ -203,7 +203,7 @@ typedef struct row_kernels {
    * log-probs; fewer where there are no more ids; -1, and nothing written, for a NaN kind of row */
   int64_t (*topk)(const row_call *call, const void *logits, workspace *work);
   /* a token from the student, from its blend with a teacher, or a draft that is accepted or put
-   * right */
+   * right; `out` holds what a position without a result does */
   void (*sample)(const sampling *call, const sampling_input *input, const sampling_workspace *work,
                  sampled *out);
   /* the logs of the whole blend, V numbers of `type`; no token */

@@ -25,8 +25,7 @@ static opdc_status check_call(const opdc_sampling *call, sampling_plan *out, opd
   out->call = call;
   out->set = instruction_set_in_use(error);
   if (!out->set) return OPDC_INVALID_VALUE;
-  if (call->threads < 1)
-    return fail(error, OPDC_INVALID_VALUE, "threads: got %d, want at least 1", call->threads);
+  TRY(check_threads(call->threads, error));
   TRY(check_logits(call->teacher ? "student" : "logits", call->student, &out->student, error));
   if (call->teacher) TRY(check_teacher(call->teacher, &out->student, &out->teacher, error));
   TRY(check_vocabulary(&out->student, &out->teacher, call->valid_vocab, &to->vocabulary, error));
@@ -176,11 +175,14 @@ static sampling_input sampling_input_at(const sampling_plan *at, int64_t index) 
   return input;
 }
 
+static const sampled nothing_sampled = {NAN, NAN, NAN, NAN, NAN, NAN, .token = -1};
+
 static sampled run(const sampling_plan *at, int in_doubles, int64_t index,
                    const sampling_workspace *work) {
   const row_kernels *kernels = in_doubles ? &at->set->f64 : &at->set->f32;
   const sampling_input input = sampling_input_at(at, index);
-  sampled out;
+  sampled out = nothing_sampled;
+  out.valid = 1;
   if (at->logprobs.tensor)
     kernels->blend(&at->constants, &input, work, &out, at->logprobs.type,
                    view_at(&at->logprobs, index));
@@ -196,7 +198,7 @@ static void sample_block(void *context, int64_t step, int thread) {
       lay_out(at, at->memory + (size_t)thread * at->memory_bytes, &size);
   int is_void = 0;
   for (int64_t index = step * at->block; index < (step + 1) * at->block; index++) {
-    sampled out = {NAN, NAN, NAN, NAN, NAN, NAN, 0, 0, 0, -1, 0};
+    sampled out = nothing_sampled;
     if (!is_void) out = run(at, at->constants.row.is_double, index, &work);
     if (out.is_unmet && !at->constants.row.is_double) {
       const double evaluations = out.evaluations;

@@ -39,26 +39,22 @@ opdc_status opdc_topk(const DLTensor *logits, double temperature, int64_t valid_
   ranking at;
   row_call *to = &at.constants;
   const instruction_set *set;
+  const view none = {0};
   error->message[0] = 0;
   memset(&at, 0, sizeof at);
   set = instruction_set_in_use(error);
   if (!set) return OPDC_INVALID_VALUE;
-  if (threads < 1)
-    return fail(error, OPDC_INVALID_VALUE, "threads: got %d, want at least 1", threads);
+  TRY(check_threads(threads, error));
   TRY(check_logits("logits", logits, &at.logits, error));
   TRY(check_slot_tensor("ids", ids, &at.logits, 1, &at.ids, error));
   TRY(check_slot_tensor("logprobs", logprobs, &at.logits, 0, &at.logprobs, error));
   to->is_double = at.logits.type == dtype_f64;
   to->student_type = at.logits.type;
   to->width = logits->shape[at.logits.leading];
-  to->vocabulary = valid_vocab ? valid_vocab : to->width;
   to->k = ids->shape[at.ids.leading];
   to->settings.temperature = temperature;
   at.kernels = to->is_double ? &set->f64 : &set->f32;
-  if (valid_vocab < 0 || valid_vocab > to->width)
-    return fail(error, OPDC_INVALID_VALUE,
-                "valid_vocab: got %lld, want a number of ids from 1 to %lld",
-                (long long)valid_vocab, (long long)to->width);
+  TRY(check_vocabulary(&at.logits, &none, valid_vocab, &to->vocabulary, error));
   if (to->k > to->vocabulary)
     return fail(error, OPDC_INVALID_VALUE, "k: got %lld, want a number of ids from 1 to %lld",
                 (long long)to->k, (long long)to->vocabulary);

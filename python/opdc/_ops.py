@@ -109,17 +109,19 @@ _blend_operator: Callable[..., tuple[Tensor, Tensor]] = torch.ops.opdc.blend.def
 _drift_gate_operator: Callable[..., Tensor] = torch.ops.opdc.drift_gate.default
 
 
+def _arithmetic(student: Tensor, teacher: Tensor | None = None) -> torch.dtype:
+    """The dtype that is computed in, and that numbers come out in."""
+    double = torch.float64 in (student.dtype, None if teacher is None else teacher.dtype)
+    return torch.float64 if double else torch.float32
+
+
 def _outputs(
     student: Tensor, teacher: Tensor | None, reduction: int, with_metrics: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Empty value, rows and metrics of a call."""
-    double = student.dtype is torch.float64 or (
-        teacher is not None and teacher.dtype is torch.float64
-    )
     positions = student.shape[:-1]
     value = student.new_empty(
-        positions if reduction == _PER_POSITION else (),
-        dtype=torch.float64 if double else torch.float32,
+        positions if reduction == _PER_POSITION else (), dtype=_arithmetic(student, teacher)
     )
     rows = student.new_empty((math.prod(positions), _C.ROW), dtype=torch.float64)
     metrics = student.new_empty(len(METRICS) if with_metrics else 0, dtype=torch.float64)
@@ -238,9 +240,8 @@ def _topk_fake(
     logits: Tensor, k: int, temperature: Tensor, valid_vocab: int
 ) -> tuple[Tensor, Tensor]:
     shape = (*logits.shape[:-1], k)
-    double = logits.dtype is torch.float64
     ids = logits.new_empty(shape, dtype=torch.int64)
-    return ids, logits.new_empty(shape, dtype=torch.float64 if double else torch.float32)
+    return ids, logits.new_empty(shape, dtype=_arithmetic(logits))
 
 
 def _topk_cpu(
@@ -254,12 +255,9 @@ def _topk_cpu(
 
 def _sampled(student: Tensor, tensors: Sequence[Any]) -> tuple[Tensor, Tensor]:
     """Empty tokens and columns of a sampler."""
-    double = student.dtype is torch.float64 or (
-        tensors[0] is not None and tensors[0].dtype is torch.float64
-    )
     positions = student.shape[:-1]
     columns = student.new_empty(
-        (*positions, _C.SAMPLE_COLUMNS), dtype=torch.float64 if double else torch.float32
+        (*positions, _C.SAMPLE_COLUMNS), dtype=_arithmetic(student, tensors[0])
     )
     return student.new_empty(positions, dtype=torch.int64), columns
 
@@ -561,23 +559,18 @@ def settings(numbers: Mapping[str, float], num_items: float | Tensor | None) -> 
     """The numbers of a call as the tensor that `opdc_settings` describes."""
     first = tuple({**NUMBERS, **numbers}.values())
     items = math.nan if num_items is None else num_items
-    if torch.compiler.is_compiling():
-        # torch.tensor(first) would compile again for every value of a schedule.
-        one = torch.ones((), dtype=torch.float64, device="cpu")
-        last = _as_setting(items) if isinstance(items, Tensor) else one * items
-        return torch.stack([*(one * number for number in first), last])
     if isinstance(items, Tensor):
-        return torch.cat(
-            [
-                torch.tensor(first, dtype=torch.float64, device="cpu"),
-                _as_setting(items).reshape(1),
-            ]
-        )
-    return torch.tensor((*first, items), dtype=torch.float64, device="cpu")
+        last = items.detach().to("cpu", torch.float64)
+        return torch.cat([scheduled(*first), last.reshape(1)])
+    return scheduled(*first, items)
 
 
-def _as_setting(number: Tensor) -> Tensor:
-    return number.detach().to("cpu", torch.float64)
+def scheduled(*numbers: float) -> Tensor:
+    """Numbers that may have a schedule: torch.compile would compile a float for every value."""
+    if torch.compiler.is_compiling():  # which would do the same with torch.tensor(numbers)
+        one = torch.ones((), dtype=torch.float64, device="cpu")
+        return torch.stack([one * number for number in numbers])
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
 def loss(

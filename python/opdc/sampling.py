@@ -336,11 +336,7 @@ def _numbers(
     eos_map: tuple[int, int] | None,
 ) -> tuple[Any, ...]:
     """The arguments of a sampler that are no tensors; a tensor of those that may be scheduled."""
-    one = torch.ones((), dtype=torch.float64, device="cpu")
-    numbers = [
-        one * _arguments.number("temperature", temperature),
-        one * _arguments.number("top_p", top_p),
-    ]
+    numbers = _arguments.number("temperature", temperature), _arguments.number("top_p", top_p)
     ends = (-1, -1)
     if eos_map is not None:
         if not isinstance(eos_map, (tuple, list)) or len(eos_map) != 2:
@@ -351,7 +347,7 @@ def _numbers(
             _arguments.integer("eos_map", teacher_eos, 0),
         )
     return (
-        torch.stack(numbers),
+        _ops.scheduled(*numbers),
         0 if top_k is None else _arguments.integer("top_k", top_k),
         _arguments.vocabulary_size(valid_vocab),
         *ends,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -430,12 +431,9 @@ def _at(rows: Tensor, tokens: Tensor) -> Tensor:
 def _with_prefix(statistics: RolloutStatistics, prefix: Rollout) -> RolloutStatistics:
     """The teacher wrote the prefixes in a rollout of its own, where it has the student's part."""
     spent = prefix.statistics
-    return RolloutStatistics(
-        student_forwards=statistics.student_forwards,
+    return dataclasses.replace(
+        statistics,
         teacher_forwards=statistics.teacher_forwards + spent.student_forwards,
-        drafted=statistics.drafted,
-        accepted=statistics.accepted,
-        student_seconds=statistics.student_seconds,
         teacher_seconds=statistics.teacher_seconds + spent.student_seconds,
         sampling_seconds=statistics.sampling_seconds + spent.sampling_seconds,
     )
