@@ -75,6 +75,8 @@ GRADIENT = "csrc/gradient.h"
 MEASURE = "csrc/measure.h"
 SUPPORT = "csrc/support.h"
 API = "csrc/api.c"
+REDUCE = "csrc/reduce.c"
+MEMORY_OF_THREADS = "csrc/memory.c"
 CHECK = "csrc/check.c"
 SELECT = "csrc/select.c"
 TOPK = "csrc/topk.c"
@@ -153,8 +155,8 @@ MUTATIONS = (
     Mutation(
         "mixture_without_curvature",
         MIXTURE,
-        "      mixture_curvature(rule, call->teacher_weight, call->student_weight) * excess",
-        "      0 * mixture_curvature(rule, call->teacher_weight, call->student_weight) * excess",
+        "sums.value - curvature * sums.excess",
+        "sums.value - 0 * curvature * sums.excess",
         (NEAR, f"{VALUES}::test_mixtures_close_to_one_of_their_ends"),
     ),
     Mutation(
@@ -222,7 +224,7 @@ MUTATIONS = (
     ),
     Mutation(
         "discount_crosses_sequences",
-        API,
+        REDUCE,
         "  for (int64_t end = at->positions; end > 0; end -= length) {\n    double future = 0;",
         "  double future = 0;\n  for (int64_t end = at->positions; end > 0; end -= length) {",
         (POLICY,),
@@ -238,8 +240,8 @@ MUTATIONS = (
     Mutation(
         "log_ratio_without_temperature",
         MEASURE,
-        "out->log_ratio - (z - t) * inverse;",
-        "out->log_ratio - (z - t);",
+        "out->log_ratio - (z - t) * inverse\n",
+        "out->log_ratio - (z - t)\n",
         (f"{VALUES}::test_temperature",),
     ),
     # ------------------------------------------------------------- rounding
@@ -259,9 +261,9 @@ MUTATIONS = (
     ),
     Mutation(
         "dominant_id_like_the_others",
-        GRADIENT,
-        "rule != element_none && from->student.rest < 1 ?",
-        "rule != element_none && from->student.rest < 0 ?",
+        ROW,
+        "return from->student.rest < 1;",
+        "return from->student.rest < 0;",
         (VALUES, "test_identities.py"),
     ),
     Mutation(
@@ -344,32 +346,32 @@ MUTATIONS = (
     ),
     Mutation(
         "mean_over_all_positions",
-        API,
+        REDUCE,
         "denominator = given == given ? given : (double)selected;",
         "denominator = given == given ? given : (double)at->positions;",
         (REDUCTIONS,),
     ),
     Mutation(
         "num_items_ignored",
-        API,
+        REDUCE,
         "denominator = given == given ? given : (double)selected;",
         "denominator = (double)selected;",
         (REDUCTIONS,),
     ),
     Mutation(
         "seq_mean_is_mean",
-        API,
+        REDUCE,
         "reduction == OPDC_SEQ_MEAN ? to->factor : 1;",
         "reduction == OPDC_SEQ_MEAN ? (double)sequences / (double)selected : 1;",
         (REDUCTIONS,),
     ),
     Mutation(
-        "empty_sequences_counted", API, "sequences += here > 0;", "sequences++;", (REDUCTIONS,)
+        "empty_sequences_counted", REDUCE, "sequences += here > 0;", "sequences++;", (REDUCTIONS,)
     ),
-    Mutation("weights_ignored", API, "view_number(&at->weights, i, 1) *", "1.0 *", (REDUCTIONS,)),
+    Mutation("weights_ignored", REDUCE, "view_number(&at->weights, i, 1) *", "1.0 *", (REDUCTIONS,)),
     Mutation(
         "weights_in_the_metrics",
-        API,
+        REDUCE,
         "reduce_by(metrics[metric_##name], (double)(value_of_row));",
         "reduce_by(metrics[metric_##name], of->factor * (double)(value_of_row));",
         (POLICY,),
@@ -398,7 +400,7 @@ MUTATIONS = (
     ),
     Mutation(
         "one_workspace_for_all_threads",
-        API,
+        MEMORY_OF_THREADS,
         "at->memory + (size_t)thread * at->memory_bytes",
         "at->memory + 0 * (size_t)thread",
         (C_TESTS, MEMORY),
@@ -642,16 +644,16 @@ MUTATIONS = (
     Mutation(
         "token_joins_twice",
         SUPPORT,
-        "if (!has_token && input->teacher_logprob != -INFINITY)",
-        "if (call->support == OPDC_TEACHER_TOKEN)",
+        "!has_id(to, count, input->token) &&\n      input->teacher_logprob != -INFINITY",
+        "input->teacher_logprob != -INFINITY",
         (ON_SPARSE,),
     ),
     Mutation(
         "excluded_token_joins_the_support",
         SUPPORT,
-        "if (!has_token && load_element(input->teacher, call->teacher_type, input->token) "
-        "!= -INFINITY)",
-        "if (!has_token)",
+        "!has_id(to, count, input->token) &&\n      load_element(input->teacher, call->teacher_type, "
+        "input->token) != -INFINITY)",
+        "!has_id(to, count, input->token))",
         (f"{ALL_SUPPORT}::test_a_token_that_the_teacher_excludes_does_not_join_the_support",),
     ),
     Mutation(
@@ -673,7 +675,7 @@ MUTATIONS = (
     ),
     Mutation(
         "student_mass_of_the_teacher",
-        API,
+        REDUCE,
         "X(student_mass, add, METRIC_SUPPORT, of->support_student)",
         "X(student_mass, add, METRIC_SUPPORT, of->support_teacher)",
         (SUPPORT_METRICS,),
@@ -705,15 +707,15 @@ MUTATIONS = (
     Mutation(
         "default_size_of_the_whole_vocabulary",
         ARGUMENTS,
-        "student.shape[-1] if valid_vocab is None else valid_vocab",
-        "student.shape[-1]",
+        'vocabulary("student", student) if valid_vocab is None else valid_vocab',
+        'vocabulary("student", student)',
         (ALL_PUBLISHED, ALL_SUPPORT),
     ),
     Mutation(
         "undefined_row_has_a_support",
         SUPPORT,
-        "work->count = undefined && call->student_mass ? -1 :",
-        "work->count = undefined < 0 ? -1 :",
+        "work->count = has_no_support(call, input, out) ? -1 :",
+        "work->count = has_no_support(call, input, out) < 0 ? -1 :",
         ("test_holes.py::test_hazard_04_and_13_an_undefined_ranking_row_has_no_support",),
     ),
     # ------------------------------------------------------------- published methods
@@ -875,30 +877,30 @@ MUTATIONS = (
     ),
     Mutation(
         "undefined_row_counted_by_keep",
-        API,
+        REDUCE,
         "if (of->active != 0 && of->token_log_ratio == of->token_log_ratio)",
         "if (of->active != 0)",
         (f"{ALL_PUBLISHED}::test_hazard_04_an_undefined_row_is_nan_and_no_gate_counts_it",),
     ),
     Mutation(
         "mask_skipped_in_the_selection",
-        API,
+        REDUCE,
         "if (of->active != 0 && of->token_log_ratio == of->token_log_ratio)",
         "if (of->token_log_ratio == of->token_log_ratio)",
         (f"{ALL_PUBLISHED}::test_the_entropy_threshold_is_of_the_active_positions_of_the_call",),
     ),
     Mutation(
         "kept_fraction_rounded_up_by_noise",
-        API,
+        REDUCE,
         "(double)count - 1e-9)",
         "(double)count)",
         (f"{ALL_PUBLISHED}::test_the_kept_fraction_is_rounded_up_but_not_by_rounding_errors",),
     ),
     Mutation(
         "mean_over_positions_not_selected",
-        API,
-        "      select_rows(&at, entropies);\n      share_out(&at);",
-        "      select_rows(&at, entropies);",
+        REDUCE,
+        "    select_rows(at, entropies);\n    share_out(at);",
+        "    select_rows(at, entropies);",
         (f"{ALL_PUBLISHED}::test_reduction_mask_weights",),
     ),
     Mutation(
@@ -925,8 +927,8 @@ MUTATIONS = (
     Mutation(
         "uniforms_of_the_global_generator",
         FUNCTIONS,
-        "torch.rand(student.shape[:-1], generator=generator,",
-        "torch.rand(student.shape[:-1],",
+        "torch.rand(positions, generator=generator,",
+        "torch.rand(positions,",
         (f"{ALL_PUBLISHED}::test_uniforms_come_from_the_generator",),
     ),
     Mutation(

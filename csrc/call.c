@@ -289,12 +289,51 @@ static void describe_call(plan *out) {
   out->in_phases = to->settings.discount != 0 || selects(to->token);
 }
 
+int opdc_slice_looks(const opdc_call *call) {
+  plan at = {.call = call, .method = method_at(call->method)};
+  opdc_error error;
+  if (!at.method || check_settings(&at, &error) != OPDC_OK) return 0;
+  at.constants.support = call->support;
+  at.constants.normalize = call->normalize;
+  choose_rule(&at);
+  return looks_again(&at.constants) | has_dominant_sum(&at.constants) << 1;
+}
+
 void describe_metrics(row_call *to) {
   to->reverse_kl = to->forward_kl = to->entropy = to->log_ratio = 1;
   to->student_mass = to->teacher_mass = to->overlap = 1;
 }
 
-opdc_status make_plan(const opdc_call *call, const DLTensor *rows, plan *out, opdc_error *error) {
+static opdc_status check_slice(const plan *at, const opdc_slice *slice, int64_t *vocabulary,
+                               opdc_error *error) {
+  const int64_t mine = at->student.tensor->shape[at->student.leading];
+  const int64_t other = at->teacher.tensor ? at->teacher.tensor->shape[at->teacher.leading] : mine;
+  const int64_t least = mine < other ? mine : other;
+  if (slice->vocabulary < 1 || slice->first < 0)
+    return fail(error, OPDC_INVALID_VALUE,
+                "vocabulary: got %lld ids, of which the slice begins with %lld; want at least 1, "
+                "and a first one of at least 0",
+                (long long)slice->vocabulary, (long long)slice->first);
+  if (mine != other && least < slice->vocabulary - slice->first)
+    return fail(
+        error, OPDC_INVALID_VALUE,
+        "teacher: got a slice of %lld ids, the student's has %lld; cut both vocabularies at "
+        "the same ids",
+        (long long)other, (long long)mine);
+  *vocabulary = slice->vocabulary;
+  return OPDC_OK;
+}
+
+void narrow_to_slice(plan *at, const opdc_slice *slice) {
+  const int64_t left = at->constants.vocabulary - slice->first, width = at->constants.width;
+  const int64_t here = left < width ? left : width;
+  at->constants.is_slice = 1;
+  at->constants.first = slice->first;
+  at->constants.vocabulary = here > 0 ? here : 0;
+}
+
+opdc_status make_plan(const opdc_call *call, const opdc_slice *slice, const DLTensor *rows,
+                      plan *out, opdc_error *error) {
   const instruction_set *set;
   int needs;
   double *row_numbers;
@@ -351,8 +390,11 @@ opdc_status make_plan(const opdc_call *call, const DLTensor *rows, plan *out, op
       out->student.type == dtype_f64 || (out->teacher.tensor && out->teacher.type == dtype_f64);
   out->kernels = out->constants.is_double ? &set->f64 : &set->f32;
   TRY(check_settings(out, error));
-  TRY(check_vocabulary(&out->student, &out->teacher, call->valid_vocab, &out->constants.vocabulary,
-                       error));
+  if (slice)
+    TRY(check_slice(out, slice, &out->constants.vocabulary, error));
+  else
+    TRY(check_vocabulary(&out->student, &out->teacher, call->valid_vocab,
+                         &out->constants.vocabulary, error));
   out->constants.width = call->student->shape[out->student.leading];
   out->positions = count_positions(call->student, out->student.leading);
   out->sequence = out->student.leading ? call->student->shape[out->student.leading - 1] : 1;
@@ -360,17 +402,26 @@ opdc_status make_plan(const opdc_call *call, const DLTensor *rows, plan *out, op
   TRY(check_support(out, error));
   TRY(check_tropd(out, error));
   if (has_support(&out->constants) && !call->teacher) TRY(check_slots(out, error));
-  TRY(check_doubles("rows", rows, out->positions, OPDC_ROW, &row_numbers, error));
-  out->rows = (row *)(void *)row_numbers;
+  if (rows || !slice) {
+    TRY(check_doubles("rows", rows, out->positions, OPDC_ROW, &row_numbers, error));
+    out->rows = (row *)(void *)row_numbers;
+  }
 
   choose_rule(out);
   describe_call(out);
   return OPDC_OK;
 }
 
+/* The token as an id of the slice; -1: there is none here. */
+static int64_t local_token(const plan *at, int64_t index) {
+  const int64_t token = at->tokens.tensor ? token_at(&at->tokens, index) : -1;
+  const int64_t local = token - at->constants.first;
+  return local >= 0 && local < at->constants.vocabulary ? local : -1;
+}
+
 row_input input_at(const plan *at, int64_t index) {
   row_input input = {.student = view_at(&at->student, index),
-                     .token = at->tokens.tensor ? token_at(&at->tokens, index) : -1,
+                     .token = local_token(at, index),
                      .teacher_logprob = NAN,
                      .old_logprob = NAN,
                      .reference_logprob = NAN,

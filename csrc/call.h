@@ -21,6 +21,7 @@ typedef struct plan {
   view slot_ids, slot_logprobs, teacher_entropy, tail_logprobs, prefix_mask, uniforms;
   view gradient, upstream;
   row *rows;
+  int64_t slices;              /* that are combined */
   int64_t positions, sequence; /* all positions; length of the last position axis */
   int with_gradient;
   int in_phases; /* the loss of a row waits for what is measured of others */
@@ -28,8 +29,13 @@ typedef struct plan {
   size_t memory_bytes;
 } plan;
 
-/* Checks everything, and writes nothing. */
-opdc_status make_plan(const opdc_call *call, const DLTensor *rows, plan *out, opdc_error *error);
+/* Checks everything, and writes nothing. A call of a slice is one of the whole vocabulary until it
+ * is narrowed. `rows` is NULL where a phase has none. */
+opdc_status make_plan(const opdc_call *call, const opdc_slice *slice, const DLTensor *rows,
+                      plan *out, opdc_error *error);
+
+/* To the logits that are there. */
+void narrow_to_slice(plan *at, const opdc_slice *slice);
 
 /* Metrics are of the whole distributions, whatever the loss reads. */
 void describe_metrics(row_call *to);

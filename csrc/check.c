@@ -180,6 +180,15 @@ static int same_shape(const DLTensor *a, const DLTensor *b, int axes) {
   return 1;
 }
 
+opdc_status check_apart(const char *name, const view *rows, opdc_error *error) {
+  if (count_positions(rows->tensor, rows->leading) > 1 && overlaps_itself(rows->tensor))
+    return fail(
+        error, OPDC_INVALID_VALUE,
+        "%s: got rows that overlap in memory, want rows of their own; pass a contiguous tensor",
+        name);
+  return OPDC_OK;
+}
+
 opdc_status check_output(const char *name, const DLTensor *tensor, const view *like, view *out,
                          opdc_error *error) {
   TRY(check_logits(name, tensor, out, error));
@@ -190,12 +199,7 @@ opdc_status check_output(const char *name, const DLTensor *tensor, const view *l
   if (out->type != like->type)
     return fail(error, OPDC_INVALID_TYPE, "%s: got dtype %s, want %s, that of the student", name,
                 text_of_type(tensor->dtype), text_of_type(like->tensor->dtype));
-  if (count_positions(tensor, out->leading) > 1 && overlaps_itself(tensor))
-    return fail(
-        error, OPDC_INVALID_VALUE,
-        "%s: got rows that overlap in memory, want rows of their own; pass a contiguous tensor",
-        name);
-  return OPDC_OK;
+  return check_apart(name, out, error);
 }
 
 static opdc_status check_positions(const char *name, const DLTensor *tensor, const view *logits,
@@ -313,6 +317,43 @@ opdc_status check_number_lists(const char *name, const DLTensor *tensor, const v
                 name, text_of_shape(tensor->shape, tensor->ndim).text, (long long)count,
                 text_of_shape(logits->tensor->shape, logits->leading).text);
   return check_slot_tensor(name, tensor, logits, 0, out, error);
+}
+
+opdc_status check_rows(const char *name, const DLTensor *tensor, const view *like, int64_t width,
+                       int of_ids, view *out, opdc_error *error) {
+  *out = (view){0};
+  if (!tensor) return fail(error, OPDC_INVALID_TYPE, "%s: got None, want a tensor of rows", name);
+  TRY(check_tensor(name, tensor, out, error));
+  if (of_ids ? !is_type(tensor, kDLInt, 64) && !is_type(tensor, kDLInt, 32)
+             : !floating_type(tensor, &out->type))
+    return fail(error, OPDC_INVALID_TYPE, "%s: got dtype %s, want %s", name,
+                text_of_type(tensor->dtype),
+                of_ids ? "int64 or int32 ids; convert it with .long()"
+                       : "float32, float64, bfloat16 or float16; convert it with .float()");
+  out->leading = tensor->ndim - 1;
+  const int axes = like ? like->leading + 1 : width >= 0 ? 2 : tensor->ndim > 0 ? tensor->ndim : 1;
+  const int is_wrong = tensor->ndim != axes ||
+                       (width >= 0 && tensor->shape[out->leading] != width) ||
+                       (like && !same_shape(tensor, like->tensor, like->leading));
+  const shape_text got = text_of_shape(tensor->shape, tensor->ndim);
+  if (is_wrong && !like && width < 0)
+    return fail(error, OPDC_INVALID_VALUE, "%s: got a single number, want rows (..., H)", name);
+  if (is_wrong && !like)
+    return fail(error, OPDC_INVALID_VALUE,
+                "%s: got shape %s, want (V, %lld): rows of the size of the hidden states", name,
+                got.text, (long long)width);
+  if (is_wrong && width < 0)
+    return fail(error, OPDC_INVALID_VALUE, "%s: got shape %s, want (..., K) for the positions %s",
+                name, got.text, text_of_shape(like->tensor->shape, like->leading).text);
+  if (is_wrong)
+    return fail(error, OPDC_INVALID_VALUE,
+                "%s: got shape %s, want rows of %lld for the positions %s", name, got.text,
+                (long long)width, text_of_shape(like->tensor->shape, like->leading).text);
+  if (tensor->shape[out->leading] > 1 && stride_of(tensor, out->leading) != 1)
+    return fail(error, OPDC_INVALID_VALUE,
+                "%s: got stride %lld in the last axis, want 1; pass %s.contiguous()", name,
+                (long long)stride_of(tensor, out->leading), name);
+  return OPDC_OK;
 }
 
 opdc_status check_doubles(const char *name, const DLTensor *tensor, int64_t rows, int64_t columns,

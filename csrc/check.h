@@ -68,6 +68,13 @@ opdc_status check_slot_tensor(const char *name, const DLTensor *tensor, const vi
 /* (..., count), floating, for the positions of the logits, last stride 1; NULL is refused. */
 opdc_status check_number_lists(const char *name, const DLTensor *tensor, const view *logits,
                                int64_t count, view *out, opdc_error *error);
+/* Rows of any size, 0 too, last stride 1: (..., width) for the positions, and the axes, of `like`.
+ * Without a width of at least 0 any one is right; without `like` (V, width), or (...) and any
+ * width. Ids are int64 or int32. */
+opdc_status check_rows(const char *name, const DLTensor *tensor, const view *like, int64_t width,
+                       int of_ids, view *out, opdc_error *error);
+/* No two rows overlap: what is written to. */
+opdc_status check_apart(const char *name, const view *rows, opdc_error *error);
 /* A contiguous float64 tensor of `count` elements (or rows of them). */
 opdc_status check_doubles(const char *name, const DLTensor *tensor, int64_t rows, int64_t columns,
                           double **out, opdc_error *error);

@@ -26,9 +26,11 @@ SPECIALISED lane gradient_rule(const element_rule rule, lane x, lane y, lane p, 
   return lane_mul(scaled, shape);
 }
 
-/* `scale` times u - p mean of an element rule; or, without one, scale times p. */
-SPECIALISED void gradient_pass(const row_call *call, const row_input *input, const row *from,
-                               double scale, const void *kept, void *to, const element_rule rule) {
+/* `scale` times u - p mean of an element rule; or, without one, scale times p. Returns the sum of
+ * all ids but the dominant one, which is left at 0; 0 where there is none. */
+SPECIALISED double gradient_pass(const row_call *call, const row_input *input, const row *from,
+                                 double scale, const void *kept, void *to,
+                                 const element_rule rule) {
   const int with_student = rule != element_none, mixture = is_mixture(rule),
             with_teacher = rule == element_reverse_kl || rule == element_forward_kl;
   const double moment = from->student.moment / (1 + from->student.rest);
@@ -36,10 +38,8 @@ SPECIALISED void gradient_pass(const row_call *call, const row_input *input, con
   const lane scaled = lane_set((real)scale);
   const row_constants constants = constants_of(
       call, from, rule == element_reverse_kl ? from->log_ratio + from->mean : from->log_ratio);
-  /* A gradient row sums to 0. Where one id has most of the mass, its element is a small
-   * difference of large numbers, and is better had as the negative sum of all the others. */
-  const int64_t dominant =
-      rule != element_none && from->student.rest < 1 ? first_largest(call, from) : -1;
+  const int is_dominated = rule != element_none && has_dominant(from);
+  const int64_t dominant = is_dominated ? first_largest(call, from) : -1;
   double others = 0;
   block at;
   for (int64_t start = 0; start < call->vocabulary; start += BLOCK) {
@@ -68,7 +68,22 @@ SPECIALISED void gradient_pass(const row_call *call, const row_input *input, con
     others += (double)group_sum(sum.part);
     if (out == at.p) scatter(out, call->student_type, start, count, to);
   }
-  if (dominant >= 0) store_element(to, call->student_type, dominant, (double)(real)-others);
+  return is_dominated ? others : 0;
+}
+
+/* u - p mean of an element rule. A gradient row sums to 0. Where one id has most of the mass, its
+ * element is a small difference of large numbers, and is better had as the negative sum of all the
+ * others. */
+SPECIALISED void gradient_of_rule(const row_call *call, const row_input *input, const row *from,
+                                  double scale, const workspace *work, void *to, double *others,
+                                  const element_rule rule) {
+  const int64_t dominant = has_dominant(from) ? first_largest(call, from) : -1;
+  *others = gradient_pass(call, input, from, scale, work->kept, to, rule);
+  if (dominant < 0) return;
+  if (!call->is_slice)
+    store_element(to, call->student_type, dominant, (double)(real) - *others);
+  else if (is_mixture(rule))
+    store_element(to, call->student_type, dominant, (double)(real)(scale * from->dominant));
 }
 
 /* a times the gradient of the divergence on a support, plus b (1[j = y] - p_j): every id has a
@@ -80,8 +95,9 @@ static void gradient_by_ids(const row_call *call, const row_input *input, const 
   if (spread == b)
     fill(0, call->student_type, 0, call->vocabulary, to);
   else
-    gradient_pass(call, input, from, per_logit * (spread - b), work->kept, to, element_none);
-  if (b != 0) { /* 1 - p_y itself: p_y is too near to 1 to be subtracted from it */
+    (void)gradient_pass(call, input, from, per_logit * (spread - b), work->kept, to, element_none);
+  if (b != 0 &&
+      input->token >= 0) { /* 1 - p_y itself: p_y is too near to 1 to be subtracted from it */
     const double p = spread != 0 ? SCALAR(exp)(from->token_logprob) : 0;
     store_element(to, call->student_type, input->token,
                   (double)(real)(per_logit * (b * from->token_rest + spread * p)));
@@ -95,9 +111,10 @@ static void gradient_by_ids(const row_call *call, const row_input *input, const 
 }
 
 static void gradient(const row_call *call, const row_input *input, const row *from, double factor,
-                     const workspace *work, void *to) {
+                     const workspace *work, void *to, double *others) {
   const double per_logit = factor * (double)temperature_of(call).inverse,
                scale = from->divergence_coefficient * per_logit;
+  *others = 0;
   if (!is_finite(from->loss)) {
     fill(NAN, call->student_type, 0, call->vocabulary, to);
   } else if (has_support(call)) {
@@ -106,7 +123,7 @@ static void gradient(const row_call *call, const row_input *input, const row *fr
     switch (call->element) {
     case element_none: gradient_by_ids(call, input, from, per_logit, work, to); break;
 #define PASS(rule)                                                                                 \
-case rule: gradient_pass(call, input, from, scale, work->kept, to, rule); break
+case rule: gradient_of_rule(call, input, from, scale, work, to, others, rule); break
       PASS(element_reverse_kl);
       PASS(element_forward_kl);
       PASS(element_entropy);

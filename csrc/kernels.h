@@ -49,6 +49,8 @@ typedef struct row_call {
   int64_t k;          /* ids of the support, or slots of a sparse teacher */
   int64_t width;      /* V */
   int64_t vocabulary; /* ids in use, at most V */
+  int is_slice;       /* the row holds a part of the vocabulary, */
+  int64_t first;      /* from this id on; tokens and supports are counted from it */
   dtype student_type, teacher_type, slot_type;
   int slot_bytes; /* of an id of a sparse teacher */
   int is_double;
@@ -79,10 +81,12 @@ typedef struct support_entry {
 
 /* What a thread has to itself. */
 typedef struct workspace {
-  void *kept;             /* what measure leaves for the gradient, below; NULL if none follows */
-  candidate *candidates;  /* candidates_of(vocabulary, k) of them */
-  support_entry *entries; /* k + 1 */
-  int64_t count;          /* of the entries in use, by id */
+  void *kept;              /* what measure leaves for the gradient, below; NULL if none follows */
+  candidate *candidates;   /* candidates_of(vocabulary, k) of them */
+  support_entry *entries;  /* k + 1 */
+  int64_t count;           /* of the entries in use, by id */
+  support_entry *gathered; /* those of all slices, by id; only where slices are combined */
+  int64_t gathered_count;
 } workspace;
 
 #define TILE 128 /* ids whose largest logit stands for them in the search for the top K */
@@ -124,10 +128,42 @@ typedef struct row {
   double support_student, support_teacher; /* P and Q */
   double overlap, slots;                   /* ids of S among the student's own, and |S| */
   double compared;                         /* 0: the teacher was not read */
-  double active;                           /* 1, or 0: nothing else here is meant */
-  double factor; /* weight over denominator: the share of the loss in the value */
+  double teacher_at_top;                   /* its logit of the student's first largest id */
+  double dominant; /* the gradient of a mixture at that id, in units of its coefficient */
+  double active;   /* 1, or 0: nothing else here is meant */
+  double factor;   /* weight over denominator: the share of the loss in the value */
 } row;
 _Static_assert(sizeof(row) == OPDC_ROW * sizeof(double), "a row is OPDC_ROW doubles");
+
+/* What a slice of the vocabulary says of a position. Doubles only: processes send them. */
+typedef struct slice_part {
+  mass student, teacher;
+  double log_ratio, reverse_kl, forward_kl; /* of the models on the slice alone, as in a row */
+  double teacher_at_top;
+  double token_student, token_teacher; /* logits of the token; NaN: it is in another slice */
+  double unranked;                     /* 1: the ids of a support cannot be ranked */
+} slice_part;
+_Static_assert(sizeof(slice_part) == OPDC_PART * sizeof(double), "a part is OPDC_PART doubles");
+
+/* A part is followed by the k ids of the slice that the support may be of, or the slots of a sparse
+ * teacher; then, if the overlap is wanted, by the k + 1 that the student ranks first. */
+typedef struct part_entry {
+  double id; /* below 0: none */
+  double student, teacher;
+} part_entry;
+
+/* The parts of a position: `count` of them, `stride` doubles apart. */
+typedef struct slice_set {
+  const double *parts;
+  int64_t count, stride;
+} slice_set;
+
+static inline const slice_part *part_of(const slice_set *all, int64_t index) {
+  return (const slice_part *)(const void *)(all->parts + index * all->stride);
+}
+static inline part_entry *entries_after(const slice_part *of) {
+  return (part_entry *)(uintptr_t)(of + 1);
+}
 
 /* What the pass that measures leaves for the gradient: one number of the arithmetic for each id, in
  * blocks of BLOCK_BYTES, each followed by a cache line whose first number is the block's maximum.
@@ -196,9 +232,22 @@ typedef struct row_kernels {
   void (*settle)(const row_call *call, const row_input *input, row *out);
   /* what measure kept, of a row that was measured before */
   void (*keep)(const row_call *call, const row_input *input, const row *from, workspace *work);
-  /* factor times the gradient row; `to` may be the student's row */
+  /* factor times the gradient row; `to` may be the student's row. An id that dominates the row is
+   * had from the sum of all others; of a slice `others` is its share of that sum, and the id 0 */
   void (*gradient)(const row_call *call, const row_input *input, const row *from, double factor,
-                   const workspace *work, void *to);
+                   const workspace *work, void *to, double *others);
+  /* a slice of a row; the row from all its slices; both again, where a mixture or a tail needs the
+   * sums of the first time; what measure keeps, of a slice */
+  void (*measure_slice)(const row_call *call, const row_input *input, slice_part *out,
+                        workspace *work);
+  void (*combine)(const row_call *call, const row_input *input, const slice_set *all, row *out,
+                  workspace *work);
+  void (*measure_again)(const row_call *call, const row_input *input, const row *from,
+                        slice_part *out, workspace *work);
+  void (*combine_again)(const row_call *call, const row_input *input, const slice_set *all,
+                        row *out, workspace *work);
+  void (*keep_slice)(const row_call *call, const row_input *input, const row *from,
+                     workspace *work);
   /* the k largest logits of a row, in order, into work->entries: ids and, as `student`, their
    * log-probs; fewer where there are no more ids; -1, and nothing written, for a NaN kind of row */
   int64_t (*topk)(const row_call *call, const void *logits, workspace *work);
@@ -213,7 +262,26 @@ typedef struct row_kernels {
   double (*drift)(double mean, double kappa);
   /* to = factor * from */
   void (*scale)(const void *from, dtype type, int64_t count, double factor, void *to);
+  /* rows by their addresses (gathered.h), `count` of them and GATHER_AHEAD more that are prefetched
+   * only: the dot products of each with a widened vector; and sums += factor * row, one after the
+   * other. Vector and sums: `width` numbers of the arithmetic, padded to whole groups */
+  void (*dots)(const void *vector, const char *const *rows, int64_t count, dtype type,
+               int64_t width, double *products);
+  void (*add_rows)(const char *const *rows, const double *factors, int64_t count, dtype type,
+                   int64_t width, void *sums);
+  /* to such numbers from a row, and back */
+  void (*widen)(const void *from, dtype type, int64_t width, void *to);
+  void (*narrow)(const void *from, dtype type, int64_t width, void *to);
 } row_kernels;
+
+#define GATHER_AHEAD                                                                               \
+  4 /* rows that are worked on together, and rows between prefetching and use                      \
+     */
+
+/* Bytes of a padded row of `width` numbers. */
+static inline size_t widened_bytes(int64_t width, size_t number) {
+  return ((size_t)width + 15) / 16 * 16 * number;
+}
 
 static inline int is_mixture(element_rule rule) {
   return rule == element_jsd || rule == element_skew_forward || rule == element_skew_reverse;
@@ -225,6 +293,17 @@ static inline int has_support(const row_call *call) { return call->support != OP
 /* Which of the two kinds of numbers are kept. */
 static inline int keeps_derivatives(const row_call *call) {
   return is_mixture(call->element) && !has_support(call);
+}
+
+/* Whether a row needs a second look when its masses are known. */
+static inline int looks_again(const row_call *call) {
+  return has_support(call) ? call->normalize == OPDC_TAIL : is_mixture(call->element);
+}
+
+/* Whether the gradient at an id that dominates a row is the negative sum of all others. (That of
+ * a mixture is too, but its parts say it beforehand.) */
+static inline int has_dominant_sum(const row_call *call) {
+  return !has_support(call) && call->element != element_none && !is_mixture(call->element);
 }
 
 typedef struct instruction_set {

@@ -24,14 +24,20 @@ SPECIALISED lane excess_of(pair_of_masses pair) {
   return lane_keep(lane_less(lane_set(0), pair.high), lane_mul(pair.high, apart));
 }
 
-/* Value and mean derivative of a mixture divergence, into the row, and the derivatives if they are
- * to be kept. */
-SPECIALISED void mixture_pass(const row_call *call, const row_input *input, row *out, void *kept,
-                              const element_rule rule, double log_ratio, const int separate,
-                              mixture_reference reference) {
-  const row_constants constants = constants_of(call, out, log_ratio);
+/* The sums of a mixture divergence. The derivative of the student's largest id stands apart: it
+ * may be as large as those of all others together. */
+typedef struct mixture_sums {
+  double value, others, top, excess;
+} mixture_sums;
+
+/* The sums over a row or a slice, and the derivatives if they are to be kept. */
+SPECIALISED mixture_sums mixture_pass(const row_call *call, const row_input *input, const row *from,
+                                      void *kept, const element_rule rule, double log_ratio,
+                                      const int separate, mixture_reference reference) {
+  const row_constants constants = constants_of(call, from, log_ratio);
   const mixture_weights weights = {(real)call->teacher_weight, (real)call->student_weight};
-  double value = 0, mean = 0, excess = 0;
+  const int64_t top = first_largest(call, from);
+  mixture_sums sums = {0, 0, 0, 0};
   block at;
   struct {
     _Alignas(64) real high[BLOCK];
@@ -75,22 +81,28 @@ SPECIALISED void mixture_pass(const row_call *call, const row_input *input, row 
       group_add(&means, part, derivative);
       lane_store(u + i, derivative);
     }
-    value += (double)group_sum(values.part);
-    mean += (double)group_sum(means.part);
-    excess += (double)group_sum(excesses.part);
+    if (top >= start && top < start + count) {
+      const real derivative = u[top - start];
+      u[top - start] = 0;
+      means = group_of(0);
+      FOR_EACH_LANE(count) group_add(&means, part, lane_load(u + i));
+      u[top - start] = derivative;
+      sums.top = (double)derivative;
+    }
+    sums.value += (double)group_sum(values.part);
+    sums.others += (double)group_sum(means.part);
+    sums.excess += (double)group_sum(excesses.part);
   }
-  value -=
-      mixture_curvature(rule, call->teacher_weight, call->student_weight) * excess * excess / 2;
-  out->divergence = value < 0 ? 0 : value;
-  out->mean = mean;
+  return sums;
 }
 
-static void measure_mixture(const row_call *call, const row_input *input, row *out, void *kept) {
+/* `from` has the masses of the whole row. */
+static mixture_sums sum_mixture(const row_call *call, const row_input *input, const row *from,
+                                void *kept) {
   const temperature T = temperature_of(call);
-  const real ratio = (real)((1 + out->student.rest) / (1 + out->teacher.rest));
-  const double log_ratio = log_ratio_of_masses(out->student, out->teacher, ratio, T);
-  const int64_t top = first_largest(call, out);
-  const double apart = out->student.maximum - load_element(input->teacher, call->teacher_type, top);
+  const real ratio = (real)((1 + from->student.rest) / (1 + from->teacher.rest));
+  const double log_ratio = log_ratio_of_masses(from->student, from->teacher, ratio, T);
+  const double apart = from->student.maximum - from->teacher_at_top;
   const double top_ratio = SCALAR(exp)(log_ratio - apart * (double)T.inverse),
                mixture = call->student_weight + call->teacher_weight * top_ratio;
   const int separate = top_ratio < 0.5;
@@ -100,18 +112,26 @@ static void measure_mixture(const row_call *call, const row_input *input, row *o
           : (mixture_reference){1, 0, 1};
 #define PASS(rule)                                                                                 \
 case rule:                                                                                         \
-  if (separate)                                                                                    \
-    mixture_pass(call, input, out, kept, rule, log_ratio, 1, reference);                           \
-  else                                                                                             \
-    mixture_pass(call, input, out, kept, rule, log_ratio, 0, reference);                           \
-  break
+  if (separate) return mixture_pass(call, input, from, kept, rule, log_ratio, 1, reference);       \
+  return mixture_pass(call, input, from, kept, rule, log_ratio, 0, reference)
   switch (call->element) {
     PASS(element_jsd);
     PASS(element_skew_forward);
     PASS(element_skew_reverse);
-  default: break;
+  default: return (mixture_sums){0, 0, 0, 0};
   }
 #undef PASS
+}
+
+static void finish_mixture(const row_call *call, mixture_sums sums, row *out) {
+  const double rest = out->student.rest;
+  const double curvature =
+      mixture_curvature(call->element, call->teacher_weight, call->student_weight);
+  const double value = sums.value - curvature * sums.excess * sums.excess / 2;
+  out->divergence = value < 0 ? 0 : value;
+  out->mean = sums.others + sums.top;
+  /* u - p mean of that id, where 1 - p is known better than p */
+  out->dominant = (sums.top * rest - sums.others) / (1 + rest);
 }
 
 #endif

@@ -168,7 +168,7 @@ typedef struct opdc_call {
 /* What is kept of a position between its loss and its gradient: doubles only, so that a float64
  * tensor (N, OPDC_ROW) holds it. The contents are opdc's own, except that they may be copied and
  * saved. */
-#define OPDC_ROW 35
+#define OPDC_ROW 37
 
 /* Sums over the active positions, in this order; opdc_metric_name gives the names. Entries that
  * a method does not compute are 0. `log_ratio_min` and `log_ratio_max` are extremes
@@ -200,6 +200,60 @@ opdc_status opdc_loss(const opdc_call *call, const DLTensor *value, const DLTens
  *   gradient  (..., V), dtype of the student */
 opdc_status opdc_gradient(const opdc_call *call, const DLTensor *rows, const DLTensor *upstream,
                           const DLTensor *gradient, opdc_error *error);
+
+/* --- In phases --------------------------------------------------------------------------------
+ *
+ * The same loss where its logits are not all in one place or not all there at one time: the
+ * vocabulary is split over processes, or a loss needs what is measured of all positions before the
+ * logits of the first are made again for its gradient.
+ *
+ *   opdc_measure          logits -> parts           what a slice says of each position
+ *   opdc_combine          parts of all -> rows, entries
+ *   opdc_measure_again    logits -> parts           } if opdc_slice_looks says so
+ *   opdc_combine_again    parts of all -> rows      }
+ *   opdc_settle           rows -> value, metrics
+ *   opdc_slice_gradient   logits -> gradient, sums
+ *   opdc_finish_gradient  sums of all, added -> gradient, if opdc_slice_looks says so
+ *
+ * A slice is the ids first .. first + V - 1, V the width of its logits, of a vocabulary of
+ * `vocabulary` ids; those beyond it are padding. All slices together hold each id once, in the
+ * order of the parts. Tokens, and the ids of a sparse teacher, are ids of the vocabulary. Between
+ * logits and logits only parts and sums travel: numbers per position, whatever the vocabulary.
+ *
+ * All take the same call (valid_vocab is not read: `vocabulary` stands for it). Where `logits` are
+ * not named above those of the call are not read: their shape stands for the positions. The result
+ * is that of opdc_loss, up to the order in which blocks are added. Errors: as there; each phase
+ * checks its own arguments before it writes. */
+typedef struct opdc_slice {
+  int64_t first, vocabulary;
+  int64_t count;         /* of the slices whose parts come together */
+  int with_metrics;      /* whether opdc_settle will be asked for them; in all phases the same */
+  const DLTensor *parts; /* (N, C) float64, contiguous; to be combined (count N, C), slice by slice;
+                            C of opdc_slice_columns */
+  const DLTensor *rows;  /* (N, OPDC_ROW) float64, contiguous */
+  const DLTensor *entries; /* (N, 4 (k + 1)) float64, contiguous: the support; NULL without one */
+  const DLTensor *value, *metrics;     /* as of opdc_loss; metrics may be NULL */
+  const DLTensor *upstream, *gradient; /* as of opdc_gradient */
+  const DLTensor
+      *sums; /* (N, 1) float64, contiguous: of each gradient row without its largest id */
+} opdc_slice;
+
+#define OPDC_PART 15 /* numbers of a part, before its list of ids; those of the second look */
+int64_t opdc_slice_columns(const opdc_call *call, int with_metrics);
+
+/* Bit 0: the loss needs opdc_measure_again and opdc_combine_again; bit 1: its gradient needs
+ * opdc_finish_gradient where the vocabulary is in more than one slice. */
+int opdc_slice_looks(const opdc_call *call);
+
+/* Checks the call, as all phases do, and nothing else: before processes wait for each other. */
+opdc_status opdc_check_slice(const opdc_call *call, const opdc_slice *slice, opdc_error *error);
+opdc_status opdc_measure(const opdc_call *call, const opdc_slice *slice, opdc_error *error);
+opdc_status opdc_combine(const opdc_call *call, const opdc_slice *slice, opdc_error *error);
+opdc_status opdc_measure_again(const opdc_call *call, const opdc_slice *slice, opdc_error *error);
+opdc_status opdc_combine_again(const opdc_call *call, const opdc_slice *slice, opdc_error *error);
+opdc_status opdc_settle(const opdc_call *call, const opdc_slice *slice, opdc_error *error);
+opdc_status opdc_slice_gradient(const opdc_call *call, const opdc_slice *slice, opdc_error *error);
+opdc_status opdc_finish_gradient(const opdc_call *call, const opdc_slice *slice, opdc_error *error);
 
 /* output = upstream * gradient, row by row: what backward does with a gradient that opdc_loss
  * computed.
@@ -286,6 +340,40 @@ opdc_status opdc_blend(const opdc_sampling *call, const DLTensor *logprobs, cons
 opdc_status opdc_drift_gate(const DLTensor *logprobs, const DLTensor *old_logprobs,
                             const DLTensor *mask, int64_t block, double kappa,
                             const DLTensor *weights, opdc_error *error);
+
+/* The sparse head: the logits of a few ids of each position, from its last hidden state and the
+ * rows of the head that the ids name. No other row of the head is read, and nothing of the size of
+ * the vocabulary exists for a position.
+ *
+ *   hidden  (..., H);  weight (V, H), rows of any stride;  bias (V,) or NULL; of any floating
+ * dtypes ids     (..., K) int64 or int32, below V; below 0: none. An id may come twice logits (...,
+ * K), float64 where hidden or weight is, else float32: the dtype of the arithmetic; h . W[id] +
+ * b[id]; -inf where there is no id
+ *
+ * A position without any id is not read. NaN and infinity go where the arithmetic takes them. N, H,
+ * K and V may be 0. For the time of the call each thread has a row of H numbers. */
+opdc_status opdc_gathered_logits(const DLTensor *hidden, const DLTensor *weight,
+                                 const DLTensor *bias, const DLTensor *ids, const DLTensor *logits,
+                                 int threads, opdc_error *error);
+
+/* The gradients of hidden, weight and bias from that of the logits.
+ *
+ *   upstream         (..., K), dtype of the arithmetic. Where there is no id it stands before a row
+ *                    of zeros: only NaN and infinity spoil the gradient of the hidden state
+ *   hidden_gradient  (..., H) or NULL
+ *   rows             (U,) int64: all ids, each once, in order; more than those are allowed. NULL if
+ *                    the next two are
+ *   weight_gradient  (U, H), for the rows alone, or (V, H), of which no others are touched; or NULL
+ *   bias_gradient    (U,) or (V,), likewise; or NULL
+ *
+ * Each gradient is summed in the arithmetic and rounded once, to a floating dtype of its own that
+ * is not wider: over the slots of the position, or the positions of the id, in order. For the time
+ * of the call, besides a row for each thread, 16 bytes for each id, 8 for each of V and of U. */
+opdc_status opdc_gathered_gradient(const DLTensor *hidden, const DLTensor *weight,
+                                   const DLTensor *ids, const DLTensor *upstream,
+                                   const DLTensor *hidden_gradient, const DLTensor *rows,
+                                   const DLTensor *weight_gradient, const DLTensor *bias_gradient,
+                                   int threads, opdc_error *error);
 
 /* The instruction set in use, chosen at the first use from what the processor offers, or by the
  * environment variable OPDC_ISA. NULL when OPDC_ISA names one that this processor or this build

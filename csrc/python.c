@@ -268,7 +268,7 @@ enum {
 
 /* All tensors of one call of loss or gradient: first those of CALL_TENSORS, then its own. */
 typedef struct borrowed {
-  tensor tensors[CALL_TENSOR_COUNT + 4];
+  tensor tensors[CALL_TENSOR_COUNT + 8];
   int count; /* to be given back */
 } borrowed;
 
@@ -357,6 +357,110 @@ static PyObject *gradient(PyObject *module, PyObject *const *arguments, Py_ssize
   }
   give_back(b.tensors, b.count);
   return failed ? NULL : none_or_error(status, &error);
+}
+
+/* The phases take the call, the slice, and the tensors that opdc_slice lists; None where a phase
+ * has no use for one. */
+#define SLICE_INTEGERS(X)                                                                          \
+  X(first)                                                                                         \
+  X(vocabulary)                                                                                    \
+  X(count)
+#define SLICE_TENSORS(X)                                                                           \
+  X(parts)                                                                                         \
+  X(rows)                                                                                          \
+  X(entries)                                                                                       \
+  X(value)                                                                                         \
+  X(metrics)                                                                                       \
+  X(upstream)                                                                                      \
+  X(gradient)                                                                                      \
+  X(sums)
+static const parameter SLICE_PARAMETERS[] = {
+#define TENSOR(name) {#name, true, true},
+    SLICE_TENSORS(TENSOR)
+#undef TENSOR
+};
+enum {
+  SLICE_TENSOR_COUNT = sizeof SLICE_PARAMETERS / sizeof SLICE_PARAMETERS[0],
+#define COUNT(name) +1
+  SLICE_INTEGER_COUNT = 0 SLICE_INTEGERS(COUNT),
+#undef COUNT
+  SLICE_ARGUMENTS = CALL_ARGUMENTS + SLICE_INTEGER_COUNT + 1 + SLICE_TENSOR_COUNT
+};
+
+#define SLICE_SIGNATURE                                                                            \
+  CALL_SIGNATURE "first, vocabulary, count, with_metrics, parts, rows, entries, value, metrics, "  \
+                 "upstream, gradient, sums, threads)\n\n"
+
+typedef opdc_status phase(const opdc_call *call, const opdc_slice *slice, opdc_error *error);
+
+static PyObject *run_phase(PyObject *module, const char *name, phase *run,
+                           PyObject *const *arguments, Py_ssize_t count) {
+  if (expect_arguments(name, count, SLICE_ARGUMENTS + 1) < 0) return NULL;
+  const module_state *state = PyModule_GetState(module);
+  PyObject *const *own = arguments + CALL_ARGUMENTS;
+  borrowed b = {.count = 0};
+  opdc_call call;
+  opdc_slice slice;
+  opdc_error error;
+  opdc_status status = OPDC_OK;
+  long long value;
+#define INTEGER(name)                                                                              \
+  if (read_integer(*own++, #name, 0, LLONG_MAX, &value) < 0) return NULL;                          \
+  slice.name = value;
+  SLICE_INTEGERS(INTEGER)
+#undef INTEGER
+  slice.with_metrics = PyObject_IsTrue(*own++);
+  int failed = slice.with_metrics < 0 ||
+               read_int(arguments[SLICE_ARGUMENTS], "threads", 1, &call.threads) < 0 ||
+               read_call(state, arguments, &b, &call) < 0 ||
+               borrow_all(state, own, SLICE_PARAMETERS, SLICE_TENSOR_COUNT, &b) < 0;
+  if (!failed) {
+    const tensor *next = b.tensors + CALL_TENSOR_COUNT;
+#define TENSOR(name) slice.name = view_of(next++);
+    SLICE_TENSORS(TENSOR)
+#undef TENSOR
+    Py_BEGIN_ALLOW_THREADS status = run(&call, &slice, &error);
+    Py_END_ALLOW_THREADS
+  }
+  give_back(b.tensors, b.count);
+  return failed ? NULL : none_or_error(status, &error);
+}
+
+/* X(name, what its documentation says) */
+#define PHASES(X)                                                                                  \
+  X(check_slice, "Raise what the other phases would raise of the call.")                           \
+  X(measure, "Write parts, from the logits of a slice.")                                           \
+  X(combine, "Write rows and entries, from the parts of all slices.")                              \
+  X(measure_again, "Write parts, from the logits of a slice and rows.")                            \
+  X(combine_again, "Complete rows and entries, from the parts of all slices.")                     \
+  X(settle, "Write value and metrics, from rows.")                                                 \
+  X(slice_gradient, "Write gradient and sums, from the logits of a slice and rows.")               \
+  X(finish_gradient, "Complete gradient, from the sums of all slices.")
+
+#define PHASE(name, documentation)                                                                 \
+  static const char name##_doc[] = #name "(" SLICE_SIGNATURE documentation;                        \
+  static PyObject *name(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {          \
+    return run_phase(module, #name, opdc_##name, arguments, count);                                \
+  }
+PHASES(PHASE)
+#undef PHASE
+
+/* What the phases of a call need: the columns of parts, and opdc_slice_looks. */
+static PyObject *slice_needs(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+  if (expect_arguments("slice_needs", count, CALL_ARGUMENTS + 1) < 0) return NULL;
+  borrowed b = {.count = 0};
+  opdc_call call;
+  long long columns = 0;
+  int looks = 0;
+  const int with_metrics = PyObject_IsTrue(arguments[CALL_ARGUMENTS]);
+  const int failed =
+      with_metrics < 0 || read_call(PyModule_GetState(module), arguments, &b, &call) < 0;
+  if (!failed) {
+    columns = opdc_slice_columns(&call, with_metrics);
+    looks = opdc_slice_looks(&call);
+  }
+  give_back(b.tensors, b.count);
+  return failed ? NULL : Py_BuildValue("(Lii)", columns, looks & 1, looks >> 1);
 }
 
 static const char SCALE_DOC[] = "scale($module, gradient, upstream, output, threads, /)\n--\n\n"
@@ -517,6 +621,64 @@ static PyObject *drift_gate(PyObject *module, PyObject *const *arguments, Py_ssi
   return failed ? NULL : none_or_error(status, &error);
 }
 
+static const char GATHERED_LOGITS_DOC[] =
+    "gathered_logits($module, hidden, weight, bias, ids, logits, threads, /)\n--\n\n"
+    "Write the logits of some ids of each position.";
+
+static PyObject *gathered_logits(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+  static const parameter TENSORS[] = {{"student.hidden", false, false},
+                                      {"student.weight", false, false},
+                                      {"student.bias", true, false},
+                                      {"ids", false, false},
+                                      {"logits", false, true}};
+  if (expect_arguments("gathered_logits", count, 6) < 0) return NULL;
+  const module_state *state = PyModule_GetState(module);
+  borrowed b = {.count = 0};
+  opdc_error error;
+  opdc_status status = OPDC_OK;
+  int threads;
+  int failed = read_int(arguments[5], "threads", 1, &threads) < 0 ||
+               borrow_all(state, arguments, TENSORS, 5, &b) < 0;
+  if (!failed) {
+    const tensor *of = b.tensors;
+    Py_BEGIN_ALLOW_THREADS status =
+        opdc_gathered_logits(view_of(&of[0]), view_of(&of[1]), view_of(&of[2]), view_of(&of[3]),
+                             view_of(&of[4]), threads, &error);
+    Py_END_ALLOW_THREADS
+  }
+  give_back(b.tensors, b.count);
+  return failed ? NULL : none_or_error(status, &error);
+}
+
+static const char GATHERED_GRADIENT_DOC[] =
+    "gathered_gradient($module, hidden, weight, ids, upstream, hidden_gradient, rows, "
+    "weight_gradient, bias_gradient, threads, /)\n--\n\n"
+    "Write the gradients that are not None, those of weight and bias on `rows`.";
+
+static PyObject *gathered_gradient(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+  static const parameter TENSORS[] = {
+      {"student.hidden", false, false}, {"student.weight", false, false}, {"ids", false, false},
+      {"upstream", false, false},       {"hidden_gradient", true, true},  {"rows", true, false},
+      {"weight_gradient", true, true},  {"bias_gradient", true, true}};
+  if (expect_arguments("gathered_gradient", count, 9) < 0) return NULL;
+  const module_state *state = PyModule_GetState(module);
+  borrowed b = {.count = 0};
+  opdc_error error;
+  opdc_status status = OPDC_OK;
+  int threads;
+  int failed = read_int(arguments[8], "threads", 1, &threads) < 0 ||
+               borrow_all(state, arguments, TENSORS, 8, &b) < 0;
+  if (!failed) {
+    const tensor *of = b.tensors;
+    Py_BEGIN_ALLOW_THREADS status = opdc_gathered_gradient(
+        view_of(&of[0]), view_of(&of[1]), view_of(&of[2]), view_of(&of[3]), view_of(&of[4]),
+        view_of(&of[5]), view_of(&of[6]), view_of(&of[7]), threads, &error);
+    Py_END_ALLOW_THREADS
+  }
+  give_back(b.tensors, b.count);
+  return failed ? NULL : none_or_error(status, &error);
+}
+
 /* The texts name_of(0), name_of(1), ... up to the first NULL whose bit is in `chosen`. */
 static PyObject *texts(const char *(*name_of)(int), uint64_t chosen) {
   PyObject *list = PyList_New(0);
@@ -593,6 +755,7 @@ static int execute(PyObject *module) {
   if (failed < 0 || PyModule_AddIntConstant(module, "ROW", OPDC_ROW) < 0 ||
       PyModule_AddIntConstant(module, "SETTINGS", OPDC_SETTINGS) < 0 ||
       PyModule_AddIntConstant(module, "SAMPLE_COLUMNS", OPDC_SAMPLE_COLUMNS) < 0 ||
+      PyModule_AddIntConstant(module, "PART", OPDC_PART) < 0 ||
       PyModule_AddStringConstant(module, "__version__", OPDC_VERSION) < 0)
     return -1;
   return 0;
@@ -624,6 +787,12 @@ static void free_module(void *module) { clear(module); }
 static PyMethodDef FUNCTIONS[] = {
     {"loss", FASTCALL(loss), LOSS_DOC},
     {"gradient", FASTCALL(gradient), GRADIENT_DOC},
+#define PHASE(name, documentation) {#name, FASTCALL(name), name##_doc},
+    PHASES(PHASE)
+#undef PHASE
+        {"slice_needs", FASTCALL(slice_needs),
+         "slice_needs(" CALL_SIGNATURE "with_metrics)\n\nThe columns of parts, whether "
+         "there is a second look, and whether the gradient is to be finished."},
     {"scale", FASTCALL(scale), SCALE_DOC},
     {"methods", methods, METH_NOARGS, "methods($module, /)\n--\n\nThe names of the losses."},
     {"metric_names", metric_names, METH_NOARGS,
@@ -635,6 +804,8 @@ static PyMethodDef FUNCTIONS[] = {
     {"sample", FASTCALL(sample), SAMPLE_DOC},
     {"blend", FASTCALL(blend), BLEND_DOC},
     {"drift_gate", FASTCALL(drift_gate), DRIFT_GATE_DOC},
+    {"gathered_logits", FASTCALL(gathered_logits), GATHERED_LOGITS_DOC},
+    {"gathered_gradient", FASTCALL(gathered_gradient), GATHERED_GRADIENT_DOC},
     {"instruction_set", instruction_set, METH_NOARGS,
      "instruction_set($module, /)\n--\n\nThe instruction set in use."},
     {"instruction_sets", instruction_sets, METH_NOARGS,

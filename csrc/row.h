@@ -551,11 +551,15 @@ static mass measure_one(const row_call *call, const void *logits, dtype type, be
 }
 
 /* The first id at the student's maximum. A row may come back from outside: whatever it says, an
- * id of this row. */
+ * id of this row; -1 if it is in another slice. */
 static inline int64_t first_largest(const row_call *call, const row *from) {
-  const double index = from->student.index;
-  return index >= 0 && index < (double)call->vocabulary ? (int64_t)index : 0;
+  const double index = from->student.index - (double)call->first;
+  if (index >= 0 && index < (double)call->vocabulary) return (int64_t)index;
+  return call->is_slice ? -1 : 0;
 }
+
+/* Whether one id has most of the student's mass. */
+static inline int has_dominant(const row *from) { return from->student.rest < 1; }
 
 /* The constants of a row for its second and third passes. */
 typedef struct row_constants {

@@ -60,9 +60,13 @@ typedef float real;
 
 #include "gradient.h"
 
+#include "slices.h"
+
 #include "blend.h"
 
 #include "draw.h"
+
+#include "gathered.h"
 
 #if OPDC_F64
 
@@ -121,8 +125,17 @@ const row_kernels KERNELS = {.measure = measure,
                              .settle = KERNEL(settle),
                              .keep = keep,
                              .gradient = gradient,
+                             .measure_slice = measure_slice,
+                             .combine = combine,
+                             .measure_again = measure_again,
+                             .combine_again = combine_again,
+                             .keep_slice = keep_slice,
                              .topk = topk,
                              .sample = sample,
                              .blend = blend,
                              .drift = KERNEL(drift),
-                             .scale = scale};
+                             .scale = scale,
+                             .dots = dots,
+                             .add_rows = add_rows,
+                             .widen = widen,
+                             .narrow = narrow};

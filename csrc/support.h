@@ -86,38 +86,63 @@ static int by_id(const void *a, const void *b) {
   return (left > right) - (left < right);
 }
 
-/* The ids of the support, in order; with the teacher's log-probs, if they are given. An id that
- * the ranking model excludes does not enter. -1: the ranking row is no distribution. */
+static int has_id(const support_entry *entries, int64_t count, int64_t id) {
+  for (int64_t i = 0; i < count; i++)
+    if (entries[i].id == id) return 1;
+  return 0;
+}
+
+/* The ids of a sparse teacher with its log-probs, and the token. */
+static int64_t choose_slots(const row_call *call, const row_input *input, support_entry *to) {
+  int64_t count = 0;
+  for (int64_t slot = 0; slot < call->k; slot++) {
+    const double logprob = load_element(input->slot_logprobs, call->slot_type, slot);
+    const int64_t id = load_id(input->slot_ids, call->slot_bytes, slot);
+    if (id < 0 || logprob == -INFINITY) continue;
+    to[count++] = (support_entry){.id = id, .teacher = logprob};
+  }
+  if (call->support == OPDC_TEACHER_TOKEN && !has_id(to, count, input->token) &&
+      input->teacher_logprob != -INFINITY)
+    to[count++] = (support_entry){.id = input->token, .teacher = input->teacher_logprob};
+  return count;
+}
+
+static const void *ranking_row(const row_call *call, const row_input *input, dtype *type) {
+  const int of_student = call->support == OPDC_STUDENT;
+  *type = of_student ? call->student_type : call->teacher_type;
+  return of_student ? input->student : input->teacher;
+}
+
+/* The k ids that the ranking model puts first, and the token. */
+static int64_t choose_ranked(const row_call *call, const row_input *input, workspace *work) {
+  support_entry *to = work->entries;
+  dtype type;
+  const void *ranking = ranking_row(call, input, &type);
+  const int measured = call->support == OPDC_STUDENT ? call->student_mass : call->teacher_mass;
+  candidate *found;
+  int64_t count;
+  if (!measured && !read_tiles(ranking, type, call->vocabulary, work->candidates)) return -1;
+  count = largest(ranking, type, call->vocabulary, call->k, work->candidates, &found);
+  for (int64_t i = 0; i < count; i++) to[i] = (support_entry){.id = found[i].id};
+  if (count >= 0 && call->support == OPDC_TEACHER_TOKEN && !has_id(to, count, input->token) &&
+      load_element(input->teacher, call->teacher_type, input->token) != -INFINITY)
+    to[count++] = (support_entry){.id = input->token};
+  return count;
+}
+
+/* The ids of the support, in order, with the student's logits and the teacher's, or its log-probs
+ * if they are given. An id that the ranking model excludes does not enter. -1: the ranking row is
+ * no distribution. */
 static int64_t choose_support(const row_call *call, const row_input *input, workspace *work) {
   support_entry *to = work->entries;
-  int64_t count = 0, has_token = call->support != OPDC_TEACHER_TOKEN;
-  if (input->slot_ids) {
-    for (int64_t slot = 0; slot < call->k; slot++) {
-      const double logprob = load_element(input->slot_logprobs, call->slot_type, slot);
-      const int64_t id = load_id(input->slot_ids, call->slot_bytes, slot);
-      if (id < 0 || logprob == -INFINITY) continue;
-      to[count++] = (support_entry){.id = id, .teacher = logprob};
-    }
-    for (int64_t i = 0; i < count; i++) has_token |= to[i].id == input->token;
-    if (!has_token && input->teacher_logprob != -INFINITY)
-      to[count++] = (support_entry){.id = input->token, .teacher = input->teacher_logprob};
-  } else {
-    const int of_student = call->support == OPDC_STUDENT;
-    const void *ranking = of_student ? input->student : input->teacher;
-    const dtype type = of_student ? call->student_type : call->teacher_type;
-    const int measured = of_student ? call->student_mass : call->teacher_mass;
-    candidate *found;
-    if (!measured && !read_tiles(ranking, type, call->vocabulary, work->candidates)) return -1;
-    count = largest(ranking, type, call->vocabulary, call->k, work->candidates, &found);
-    if (count < 0) return count;
-    for (int64_t i = 0; i < count; i++) {
-      to[i] = (support_entry){.id = found[i].id};
-      has_token |= found[i].id == input->token;
-    }
-    if (!has_token && load_element(input->teacher, call->teacher_type, input->token) != -INFINITY)
-      to[count++] = (support_entry){.id = input->token};
-  }
+  const int64_t count =
+      input->slot_ids ? choose_slots(call, input, to) : choose_ranked(call, input, work);
+  if (count < 0) return count;
   qsort(to, (size_t)count, sizeof *to, by_id);
+  for (int64_t i = 0; i < count; i++) {
+    to[i].student = load_element(input->student, call->student_type, to[i].id);
+    if (input->teacher) to[i].teacher = load_element(input->teacher, call->teacher_type, to[i].id);
+  }
   return count;
 }
 
@@ -137,18 +162,23 @@ static double overlap_of(const row_call *call, const row_input *input, workspace
   return count < 0 ? NAN : (double)common;
 }
 
-/* The masses of the ids off the support. Their ratio comes from their difference, not from two
- * masses, so that it is exact where the models agree. */
-static support_tail tail_of(const row_call *call, const row_input *input, const row *whole,
-                            const workspace *work) {
-  const double inverse = (double)temperature_of(call).inverse;
+/* The masses of the ids off the support, as those of a row. */
+static row measure_outside(const row_call *call, const row_input *input, const workspace *work) {
   row outside = {0};
-  support_tail tail;
   if (input->teacher)
     (void)measure_pair(call, input, (besides){.outside = work}, &outside);
   else
     outside.student =
         measure_one(call, input->student, call->student_type, (besides){.outside = work});
+  return outside;
+}
+
+/* Their logs. The ratio comes from a difference, not from two masses, so that it is exact where the
+ * models agree. */
+static support_tail tail_of(const row_call *call, const row_input *input, const row *whole,
+                            row outside) {
+  const double inverse = (double)temperature_of(call).inverse;
+  support_tail tail;
   tail.student = logprob_of(outside.student.maximum, &whole->student, inverse) +
                  SCALAR(log1p)(outside.student.rest);
   if (!input->teacher) {
@@ -163,8 +193,19 @@ static support_tail tail_of(const row_call *call, const row_input *input, const 
   return tail;
 }
 
-static void measure_support(const row_call *call, const row_input *input, row *out,
-                            workspace *work) {
+/* Whether a model that the support is of has no distribution; of `both` only the ranking one is
+ * asked. */
+static int has_no_support(const row_call *call, const row_input *input, const row *of) {
+  const int no_student = of->student.rest != of->student.rest,
+            no_teacher = input->teacher && of->teacher.rest != of->teacher.rest;
+  if (!call->student_mass) return 0;
+  if (call->normalize != OPDC_BOTH) return no_student || no_teacher;
+  return call->support == OPDC_STUDENT ? no_student : no_teacher;
+}
+
+/* The masses of the chosen ids, from their logits. */
+static void weigh_support(const row_call *call, const row_input *input, row *out,
+                          const workspace *work) {
   const double inverse = (double)temperature_of(call).inverse;
   const int local = call->normalize == OPDC_BOTH; /* needs no mass of the whole vocabulary */
   /* The log-ratio of both sums makes differences of log-probs exact where the models agree. Where
@@ -173,22 +214,13 @@ static void measure_support(const row_call *call, const row_input *input, row *o
   const int sure =
       (out->student.rest + out->teacher.rest) * rounding < fabs(out->log_ratio) * 0x1p-53;
   double student_maximum = -INFINITY, teacher_maximum = -INFINITY;
-  support_tail tail = {-INFINITY, -INFINITY};
-  /* a model without a distribution; of `both` only the ranking one is asked */
-  const int no_student = out->student.rest != out->student.rest,
-            no_teacher = input->teacher && out->teacher.rest != out->teacher.rest;
-  const int undefined =
-      local ? call->support == OPDC_STUDENT ? no_student : no_teacher : no_student || no_teacher;
-  work->count = undefined && call->student_mass ? -1 : choose_support(call, input, work);
   out->slots = (double)work->count;
   if (work->count < 0) {
     out->divergence = out->support_student = out->support_teacher = out->slots = NAN;
     return;
   }
   for (int64_t i = 0; i < work->count; i++) {
-    support_entry *at = &work->entries[i];
-    at->student = load_element(input->student, call->student_type, at->id);
-    if (input->teacher) at->teacher = load_element(input->teacher, call->teacher_type, at->id);
+    const support_entry *at = &work->entries[i];
     if (!(at->student <= student_maximum)) student_maximum = at->student;
     if (!(at->teacher <= teacher_maximum)) teacher_maximum = at->teacher;
   }
@@ -206,9 +238,25 @@ static void measure_support(const row_call *call, const row_input *input, row *o
     at->student = local ? (z - student_maximum) * inverse : s;
     at->teacher = !local ? tau : input->teacher ? (t - teacher_maximum) * inverse : t;
   }
-  if (call->normalize == OPDC_TAIL) tail = tail_of(call, input, out, work);
+}
+
+static const support_tail no_tail = {-INFINITY, -INFINITY};
+
+static void finish_support(const row_call *call, support_tail tail, row *out,
+                           const workspace *work) {
   out->divergence =
       KERNEL(support)(call, work->entries, work->count, tail.student, tail.teacher, &out->spread);
+}
+
+static void measure_support(const row_call *call, const row_input *input, row *out,
+                            workspace *work) {
+  const int with_tail = call->normalize == OPDC_TAIL;
+  work->count = has_no_support(call, input, out) ? -1 : choose_support(call, input, work);
+  weigh_support(call, input, out, work);
+  if (work->count < 0) return;
+  finish_support(
+      call, with_tail ? tail_of(call, input, out, measure_outside(call, input, work)) : no_tail,
+      out, work);
   if (call->overlap) out->overlap = overlap_of(call, input, work);
 }
 

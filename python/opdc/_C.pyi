@@ -6,6 +6,7 @@ DLPACK_VERSION: Final[tuple[int, int]]
 ROW: Final[int]
 SETTINGS: Final[int]
 SAMPLE_COLUMNS: Final[int]
+PART: Final[int]
 __version__: Final[str]
 
 def loss(
@@ -122,6 +123,38 @@ def drift_gate(
     weights: object,
     block: int,
     kappa: float,
+    /,
+) -> None: ...
+
+# The phases: the call, as loss takes it, and what opdc_slice lists.
+def check_slice(*arguments: object) -> None: ...
+def measure(*arguments: object) -> None: ...
+def combine(*arguments: object) -> None: ...
+def measure_again(*arguments: object) -> None: ...
+def combine_again(*arguments: object) -> None: ...
+def settle(*arguments: object) -> None: ...
+def slice_gradient(*arguments: object) -> None: ...
+def finish_gradient(*arguments: object) -> None: ...
+def slice_needs(*arguments: object) -> tuple[int, int, int]: ...
+def gathered_logits(
+    hidden: object,
+    weight: object,
+    bias: object | None,
+    ids: object,
+    logits: object,
+    threads: int,
+    /,
+) -> None: ...
+def gathered_gradient(
+    hidden: object,
+    weight: object,
+    ids: object,
+    upstream: object,
+    hidden_gradient: object | None,
+    rows: object | None,
+    weight_gradient: object | None,
+    bias_gradient: object | None,
+    threads: int,
     /,
 ) -> None: ...
 def methods() -> tuple[str, ...]: ...

@@ -559,6 +559,136 @@ static void test_same_gradient(const problem *p, const char *gradient, const cha
   }
 }
 
+enum { SLICES = 3 };
+
+/* A call and what a phase of it works on, of the ids from `first` on. */
+typedef struct slice_of {
+  arguments at;
+  opdc_slice slice;
+  tensor parts, entries, sums;
+} slice_of;
+
+/* What all slices share. */
+typedef struct shared {
+  double *parts, *entries, *sums, *all_sums;
+  int64_t columns;
+} shared;
+
+static void take_slice(problem *p, const variant *how, int64_t first, int64_t end, char *gradient,
+                       const shared *with, slice_of *out) {
+  const DLDataType number = types[dtype_f64];
+  const int64_t width = end > first ? end - first : 1;
+  if (end == first) first = p->width; /* an empty slice is one beyond the vocabulary */
+  arguments *at = &out->at;
+  arguments_of(p, how, OPDC_NONE, 2, at);
+  at->call.student = shaped(&at->student, p->student + first * dtype_bytes(p->student_type),
+                            types[p->student_type], 2, ROWS, width, p->stride);
+  if (at->call.teacher)
+    at->call.teacher = shaped(&at->teacher, p->teacher + first * dtype_bytes(p->teacher_type),
+                              types[p->teacher_type], 2, ROWS, width, p->stride);
+  out->slice = (opdc_slice){
+      .first = first,
+      .vocabulary = p->width,
+      .count = SLICES,
+      .with_metrics = 1,
+      .rows = &at->rows.dl,
+      .metrics = &at->metrics.dl,
+      .entries =
+          shaped(&out->entries, with->entries, number, 2, ROWS, 4 * (how->k + 1), 4 * (how->k + 1)),
+      .gradient = shaped(&at->gradient, gradient + first * dtype_bytes(p->student_type),
+                         types[p->student_type], 2, ROWS, width, p->stride),
+      .sums = shaped(&out->sums, with->sums, number, 2, ROWS, 1, 1)};
+}
+
+/* Parts of one slice, or of all. */
+static void take_parts(const shared *with, int64_t columns, int64_t index, int64_t count,
+                       slice_of *to) {
+  to->slice.parts = shaped(&to->parts, with->parts + index * ROWS * columns, types[dtype_f64], 2,
+                           count * ROWS, columns, columns);
+}
+
+/* The loss from slices of the vocabulary, against that of the whole of it. */
+static void test_slices(problem *p, const variant *how, const double *value, const char *name) {
+  const int64_t cuts[SLICES + 1] = {0, p->width / 3, p->width / 3 + (p->width + 1) / 2, p->width};
+  char *gradient = buffer(ROWS * p->stride), values[8 * ROWS];
+  double metrics[64];
+  opdc_error error = {""};
+  slice_of of;
+  shared with;
+  int failed = 0, looks;
+  memcpy(metrics, p->metrics, sizeof metrics);
+  arguments_of(p, how, OPDC_NONE, 1, &of.at);
+  with.columns = opdc_slice_columns(&of.at.call, 1);
+  looks = opdc_slice_looks(&of.at.call);
+  with.parts = buffer(SLICES * ROWS * with.columns);
+  with.entries = buffer(ROWS * 4 * (how->k + 1));
+  with.sums = buffer(ROWS);
+  with.all_sums = buffer(ROWS);
+#define SLICE(i) take_slice(p, how, cuts[i], cuts[(i) + 1], gradient, &with, &of)
+  for (int i = 0; i < SLICES; i++) {
+    SLICE(i);
+    take_parts(&with, with.columns, i, 1, &of);
+    failed |= opdc_measure(&of.at.call, &of.slice, &error) != OPDC_OK;
+  }
+  take_parts(&with, with.columns, 0, SLICES, &of);
+  failed |= opdc_combine(&of.at.call, &of.slice, &error) != OPDC_OK;
+  for (int i = 0; i < SLICES && looks & 1; i++) {
+    SLICE(i);
+    take_parts(&with, OPDC_PART, i, 1, &of);
+    failed |= opdc_measure_again(&of.at.call, &of.slice, &error) != OPDC_OK;
+  }
+  take_parts(&with, OPDC_PART, 0, SLICES, &of);
+  if (looks & 1) failed |= opdc_combine_again(&of.at.call, &of.slice, &error) != OPDC_OK;
+  of.slice.value = shaped(&of.at.value, values, types[of.at.type], 1, ROWS, 0, 1);
+  failed |= opdc_settle(&of.at.call, &of.slice, &error) != OPDC_OK;
+  for (int finish = 0; finish < 1 + (looks >> 1); finish++)
+    for (int i = 0; i < SLICES; i++) {
+      double one[ROWS];
+      for (int64_t row = 0; row < ROWS; row++) one[row] = 1;
+      SLICE(i);
+      of.slice.upstream = shaped(&of.at.value, one, types[dtype_f64], 1, ROWS, 0, 1);
+      if (cuts[i] == cuts[i + 1]) continue;
+      if (finish) {
+        memcpy(with.sums, with.all_sums, ROWS * sizeof *with.sums);
+        failed |= opdc_finish_gradient(&of.at.call, &of.slice, &error) != OPDC_OK;
+        continue;
+      }
+      failed |= opdc_slice_gradient(&of.at.call, &of.slice, &error) != OPDC_OK;
+      for (int64_t row = 0; row < ROWS; row++) with.all_sums[row] += with.sums[row];
+    }
+#undef SLICE
+  CHECK(!failed, "%s: in slices: %s", name, error.message);
+  for (int64_t row = 0; row < ROWS; row++) {
+    const double found = load_element(values, of.at.type, row),
+                 slack = 4e-6 + (double)slack_of(how) * 1e2;
+    double size = 0, off = 0;
+    CHECK(fabs(found - value[row]) <= slack * fabs(value[row]) + (double)slack_of(how) + 1e-13,
+          "%s, row %d: loss %.9g in slices, want %.9g", name, (int)row, found, value[row]);
+    add_to_hash(found);
+    for (int64_t j = 0; j < p->width; j++) {
+      const double g = gradient_at(p, gradient, row, j), want = gradient_at(p, p->gradient, row, j);
+      size += want * want;
+      off += (g - want) * (g - want);
+      if (p->student_type != dtype_f16 || fabs(g) >= 0x1p-14) add_to_hash(g);
+    }
+    /* one rounding of the student's dtype may go the other way */
+    CHECK(
+        sqrt(off) <= (slack + 2 * (double)rounding_of(p->student_type)) * sqrt(size) +
+                         (double)slack_of(how) + 1e-13 + (p->student_type == dtype_f16 ? 1e-6 : 0),
+        "%s, row %d: gradient off by %g in slices, size %g", name, (int)row, sqrt(off), sqrt(size));
+  }
+  for (int i = 0; i < opdc_metric_count(); i++)
+    CHECK(fabs(p->metrics[i] - metrics[i]) <= 1e-5 * (1 + fabs(metrics[i])) ||
+              p->metrics[i] == metrics[i],
+          "%s: metric %s is %g in slices, want %g", name, opdc_metric_name(i), p->metrics[i],
+          metrics[i]);
+  free(gradient);
+  free(with.parts);
+  free(with.entries);
+  free(with.sums);
+  free(with.all_sums);
+}
+
 static void test_variant(problem *p, const variant *how) {
   opdc_error error;
   char *other = buffer(ROWS * p->stride), name[160];
@@ -587,6 +717,8 @@ static void test_variant(problem *p, const variant *how) {
     add_to_hash(p->metrics[i]);
     if (strcmp(opdc_metric_name(i), "selected") == 0) count = p->metrics[i];
   }
+
+  test_slices(p, how, value, name);
 
   run(p, how, OPDC_NONE, 4, other, &error); /* the same bits for any number of threads */
   CHECK(memcmp(value, p->value, sizeof value) == 0, "%s: values with 4 threads", name);
@@ -992,6 +1124,164 @@ static void test_take_largest(void) {
     }
 }
 
+/* --- The sparse head: against sums in long double -------------------------------------------- */
+
+enum { NAMED = 40, HEAD = 53, SIZES = 6, WIDEST_STATE = 1000 }; /* slots, and rows of the head */
+
+typedef struct head {
+  dtype hidden_type, weight_type, type; /* the last: of the arithmetic */
+  int64_t size, slots;
+  char *hidden, *weight, *logits, *upstream;
+  char *hidden_gradient, *weight_gradient, *bias_gradient;
+  float bias[HEAD];
+  int64_t ids[ROWS * NAMED], rows[HEAD];
+  int64_t row_count;
+} head;
+
+static opdc_status run_head(head *p, int threads, opdc_error *error) {
+  const DLDataType id = {kDLInt, 64, 1}, number = types[p->type];
+  tensor hidden, weight, bias, ids, logits, upstream, rows, d_hidden, d_weight, d_bias;
+  opdc_status status;
+  shaped(&hidden, p->hidden, types[p->hidden_type], 2, ROWS, p->size, p->size + 3);
+  shaped(&weight, p->weight, types[p->weight_type], 2, HEAD, p->size, p->size + 1);
+  shaped(&ids, p->ids, id, 2, ROWS, p->slots, p->slots);
+  status = opdc_gathered_logits(
+      &hidden.dl, &weight.dl, shaped(&bias, p->bias, types[dtype_f32], 1, HEAD, 0, 1), &ids.dl,
+      shaped(&logits, p->logits, number, 2, ROWS, p->slots, p->slots), threads, error);
+  if (status != OPDC_OK) return status;
+  return opdc_gathered_gradient(
+      &hidden.dl, &weight.dl, &ids.dl,
+      shaped(&upstream, p->upstream, number, 2, ROWS, p->slots, p->slots),
+      shaped(&d_hidden, p->hidden_gradient, types[p->hidden_type], 2, ROWS, p->size, p->size),
+      shaped(&rows, p->rows, id, 1, p->row_count, 0, 1),
+      shaped(&d_weight, p->weight_gradient, number, 2, p->row_count, p->size, p->size),
+      shaped(&d_bias, p->bias_gradient, number, 1, p->row_count, 0, 1), threads, error);
+}
+
+static head make_head(dtype hidden_type, dtype weight_type, int64_t size, int64_t slots) {
+  const int is_double = hidden_type == dtype_f64 || weight_type == dtype_f64;
+  head p = {.hidden_type = hidden_type,
+            .weight_type = weight_type,
+            .type = is_double ? dtype_f64 : dtype_f32,
+            .size = size,
+            .slots = slots};
+  char is_named[HEAD] = {0};
+  p.hidden = buffer(ROWS * (size + 3));
+  p.weight = buffer(HEAD * (size + 1));
+  p.logits = buffer(ROWS * slots);
+  p.upstream = buffer(ROWS * slots);
+  p.hidden_gradient = buffer(ROWS * size);
+  p.weight_gradient = buffer(HEAD * size);
+  p.bias_gradient = buffer(HEAD);
+  for (int64_t i = 0; i < ROWS * (size + 3); i++)
+    store_element(p.hidden, hidden_type, i, i % (size + 3) < size ? normal() : (double)NAN);
+  for (int64_t i = 0; i < HEAD * (size + 1); i++)
+    store_element(p.weight, weight_type, i, i % (size + 1) < size ? normal() : (double)NAN);
+  for (int i = 0; i < HEAD; i++) p.bias[i] = (float)normal();
+  for (int64_t i = 0; i < ROWS * slots; i++) {
+    p.ids[i] = i / slots == INACTIVE || uniform() < 0.1 ? -1 : (int64_t)(uniform() * (HEAD - 2));
+    if (p.ids[i] >= 0) is_named[p.ids[i]] = 1;
+    store_element(p.upstream, p.type, i, i / slots == INACTIVE ? 0 : normal());
+  }
+  is_named[HEAD - 1] = 1; /* a row without an id has a gradient of 0 */
+  for (int id = 0; id < HEAD; id++)
+    if (is_named[id]) p.rows[p.row_count++] = id;
+  return p;
+}
+
+static void check_number(const char *what, double x, long double want, long double terms,
+                         dtype type, dtype of) {
+  static const long double half_units[] = {0x1p-24L, 0x1p-53L, 0x1p-8L, 0x1p-11L};
+  const long double unit = of == dtype_f64 ? 0x1p-52L : 0x1p-23L;
+  CHECK(fabsl((long double)x - want) <=
+            70 * unit * terms + half_units[type] * 2 * fabsl(want) + 0x1p-24L,
+        "%s: %g, want %Lg", what, x, want);
+  add_to_hash(x);
+}
+
+static void check_head(const head *p) {
+  for (int64_t i = 0; i < ROWS * p->slots; i++) {
+    long double want = 0, terms = 0;
+    for (int64_t j = 0; j < p->size && p->ids[i] >= 0; j++) {
+      const long double term =
+          (long double)load_element(p->hidden, p->hidden_type, i / p->slots * (p->size + 3) + j) *
+          (long double)load_element(p->weight, p->weight_type, p->ids[i] * (p->size + 1) + j);
+      want += term;
+      terms += fabsl(term);
+    }
+    if (p->ids[i] < 0)
+      CHECK(load_element(p->logits, p->type, i) == -INFINITY, "no id, and a logit");
+    else
+      check_number("logit", load_element(p->logits, p->type, i),
+                   want + (long double)p->bias[p->ids[i]], terms + 1, p->type, p->type);
+  }
+  for (int64_t row = 0; row < ROWS; row++)
+    for (int64_t j = 0; j < p->size; j++) {
+      long double want = 0, terms = 0;
+      for (int64_t i = row * p->slots; i < (row + 1) * p->slots; i++) {
+        if (p->ids[i] < 0) continue;
+        const long double term =
+            (long double)load_element(p->upstream, p->type, i) *
+            (long double)load_element(p->weight, p->weight_type, p->ids[i] * (p->size + 1) + j);
+        want += term;
+        terms += fabsl(term);
+      }
+      check_number("hidden gradient",
+                   load_element(p->hidden_gradient, p->hidden_type, row * p->size + j), want, terms,
+                   p->hidden_type, p->type);
+    }
+  for (int64_t place = 0; place < p->row_count; place++) {
+    long double sum = 0;
+    for (int64_t i = 0; i < ROWS * p->slots; i++)
+      if (p->ids[i] == p->rows[place]) sum += (long double)load_element(p->upstream, p->type, i);
+    check_number("bias gradient", load_element(p->bias_gradient, p->type, place), sum, 4, p->type,
+                 p->type);
+    for (int64_t j = 0; j < p->size; j++) {
+      long double want = 0, terms = 0;
+      for (int64_t i = 0; i < ROWS * p->slots; i++) {
+        if (p->ids[i] != p->rows[place]) continue;
+        const long double term =
+            (long double)load_element(p->upstream, p->type, i) *
+            (long double)load_element(p->hidden, p->hidden_type, i / p->slots * (p->size + 3) + j);
+        want += term;
+        terms += fabsl(term);
+      }
+      check_number("weight gradient",
+                   load_element(p->weight_gradient, p->type, place * p->size + j), want, terms,
+                   p->type, p->type);
+    }
+  }
+}
+
+static void test_gathered(void) {
+  static const int64_t sizes[SIZES] = {1, 3, 15, 16, 33, WIDEST_STATE};
+  opdc_error error;
+  for (int i = 0; i < 16 * SIZES; i++) {
+    const int64_t size = sizes[i / 16];
+    head p = make_head((dtype)(i % 4), (dtype)(i / 4 % 4), size, i % 3 ? 5 : NAMED);
+    char *logits = buffer(ROWS * p.slots);
+    CHECK(run_head(&p, 1, &error) == OPDC_OK, "%s", error.message);
+    check_head(&p);
+    memcpy(logits, p.logits, (size_t)(ROWS * p.slots * dtype_bytes(p.type)));
+    CHECK(run_head(&p, 4, &error) == OPDC_OK, "%s", error.message);
+    CHECK(memcmp(logits, p.logits, (size_t)(ROWS * p.slots * dtype_bytes(p.type))) == 0,
+          "logits with 4 threads");
+    p.ids[3] = HEAD;
+    CHECK(run_head(&p, 1, &error) == OPDC_INVALID_VALUE && strncmp(error.message, "ids", 3) == 0,
+          "%s", error.message);
+    CHECK(memcmp(logits, p.logits, (size_t)(ROWS * p.slots * dtype_bytes(p.type))) == 0,
+          "an error has written");
+    free(logits);
+    free(p.hidden);
+    free(p.weight);
+    free(p.logits);
+    free(p.upstream);
+    free(p.hidden_gradient);
+    free(p.weight_gradient);
+    free(p.bias_gradient);
+  }
+}
+
 /* Sequences of the drift gate. */
 enum { SEQUENCES = 3, LENGTH = 150 };
 
@@ -1179,6 +1469,7 @@ int main(void) {
   test_samplers();
   test_hard_draws();
   test_take_largest();
+  test_gathered();
   test_drift_gate();
   test_poisoned_rows();
   test_errors();
