@@ -223,9 +223,10 @@ static void logits_step(void *context, int64_t index, int thread) {
 }
 
 static void fill_row(const gathering *at, double x, void *to) {
-  const size_t number = at->is_double ? sizeof(double) : sizeof(float);
-  for (size_t i = 0; i < at->row_bytes / number; i++)
-    store_element(to, at->is_double ? dtype_f64 : dtype_f32, (int64_t)i, x);
+  const dtype type = at->is_double ? dtype_f64 : dtype_f32;
+  const int64_t count = (int64_t)at->row_bytes / dtype_bytes(type);
+  memset(to, 0, at->row_bytes);
+  for (int64_t i = 0; i < count && x != 0; i++) store_element(to, type, i, x);
 }
 
 static void hidden_step(void *context, int64_t index, int thread) {

@@ -12,11 +12,11 @@
  * of them need is loaded once. */
 #define ABREAST GATHER_AHEAD
 
-/* The row as many places ahead, a cache line at a time: rows of a few pages at random places are
+/* What lies at the same offset of rows that come later: rows of a few pages at random places are
  * over before the processor's own prefetching has found them. */
-SPECIALISED void prefetch_rows(const char *const *rows, const int abreast, int64_t offset) {
+SPECIALISED void prefetch_rows(const char *const *later, const int abreast, int64_t offset) {
   for (int r = 0; r < abreast; r++)
-    __builtin_prefetch((const void *)((uintptr_t)rows[r + GATHER_AHEAD] + (uintptr_t)offset));
+    __builtin_prefetch((const void *)((uintptr_t)later[r] + (uintptr_t)offset));
 }
 
 /* The numbers in a cache line: whole groups. */
@@ -39,7 +39,7 @@ SPECIALISED void dots_typed(const real *vector, const char *const *rows, const i
   group all[ABREAST];
   for (int r = 0; r < abreast; r++) all[r] = group_of(0);
   for (int64_t start = 0; start < whole; start += line) {
-    prefetch_rows(rows, abreast, start * dtype_bytes(type));
+    prefetch_rows(rows + GATHER_AHEAD, abreast, start * dtype_bytes(type));
     for (int64_t first = start; first < start + line; first += GROUP)
       for (int part = 0; part < PARTS; part++) {
         const int64_t i = first + part * LANES;
@@ -62,20 +62,25 @@ SPECIALISED void dots_typed(const real *vector, const char *const *rows, const i
 SPECIALISED void add_rows_typed(const char *const *rows, const double *factors, const int abreast,
                                 const dtype type, int64_t width, real *sums) {
   const int64_t line = line_numbers(type), whole = width / line * line;
+  const char *row_at[ABREAST], *later[ABREAST]; /* in registers: a store may not change them */
   lane factor[ABREAST];
-  for (int r = 0; r < abreast; r++) factor[r] = lane_set((real)factors[r]);
+  for (int r = 0; r < abreast; r++) {
+    row_at[r] = rows[r];
+    later[r] = rows[r + GATHER_AHEAD];
+    factor[r] = lane_set((real)factors[r]);
+  }
   for (int64_t start = 0; start < whole; start += line) {
-    prefetch_rows(rows, abreast, start * dtype_bytes(type));
+    prefetch_rows(later, abreast, start * dtype_bytes(type));
     for (int64_t i = start; i < start + line; i += LANES) {
       lane sum = lane_load(sums + i);
       for (int r = 0; r < abreast; r++)
-        sum = lane_fma(factor[r], load_lane(element_address(rows[r], type, i), type), sum);
+        sum = lane_fma(factor[r], load_lane(element_address(row_at[r], type, i), type), sum);
       lane_store(sums + i, sum);
     }
   }
   for (int64_t first = whole; first < width; first += GROUP)
     for (int r = 0; r < abreast; r++) {
-      const group rest = load_rest(element_address(rows[r], type, first), type, width - first);
+      const group rest = load_rest(element_address(row_at[r], type, first), type, width - first);
       for (int part = 0; part < PARTS; part++) {
         real *to = sums + first + part * LANES;
         lane_store(to, lane_fma(factor[r], rest.part[part], lane_load(to)));

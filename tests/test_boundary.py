@@ -787,7 +787,7 @@ def test_the_temperature_of_a_module_wins_over_the_callers():
     assert torch.equal(free(student, teacher), opdc.reverse_kl(student, teacher))
     assert repr(fixed) == (
         "ReverseKLLoss(temperature=2.0, valid_vocab=None, reduction='mean', inplace=False, "
-        "support=None, k=None, normalize=None)"
+        "process_group=None, support=None, k=None, normalize=None)"
     )
 
 

@@ -32,6 +32,7 @@ from .functional import (
     topk,
     tropd,
 )
+from .projection import Projection
 from .sampling import (
     Blend,
     BlendSample,
@@ -52,6 +53,7 @@ __all__ = [
     "BlendSample",
     "BlendVerify",
     "PrefixLength",
+    "Projection",
     "Sample",
     "TopK",
     "__version__",

@@ -116,13 +116,11 @@ def _arithmetic(student: Tensor, teacher: Tensor | None = None) -> torch.dtype:
 
 
 def _outputs(
-    student: Tensor, teacher: Tensor | None, reduction: int, with_metrics: bool
+    student: Tensor, arithmetic: torch.dtype, reduction: int, with_metrics: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Empty value, rows and metrics of a call."""
     positions = student.shape[:-1]
-    value = student.new_empty(
-        positions if reduction == _PER_POSITION else (), dtype=_arithmetic(student, teacher)
-    )
+    value = student.new_empty(positions if reduction == _PER_POSITION else (), dtype=arithmetic)
     rows = student.new_empty((math.prod(positions), _C.ROW), dtype=torch.float64)
     metrics = student.new_empty(len(METRICS) if with_metrics else 0, dtype=torch.float64)
     return value, rows, metrics
@@ -137,7 +135,8 @@ def _in_order(student: Tensor, call: Sequence[Any]) -> tuple[Any, ...]:
 
 def _loss_cpu(student: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *call, with_gradient, with_metrics = arguments
-    value, rows, metrics = _outputs(student, call[0], call[_REDUCTION], with_metrics)
+    arithmetic = _arithmetic(student, call[0])
+    value, rows, metrics = _outputs(student, arithmetic, call[_REDUCTION], with_metrics)
     # Not empty_like: that would copy the strides of transposed logits.
     gradient = student.new_empty(student.shape if with_gradient else 0)
     outputs = (value, gradient if with_gradient else None, rows, metrics if with_metrics else None)
@@ -153,7 +152,8 @@ def _loss_inplace_cpu(student: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
             "inplace=True would overwrite the teacher, whose memory overlaps with the student's: "
             "give teacher.clone(), or inplace=False"
         )
-    value, rows, metrics = _outputs(student, teacher, call[_REDUCTION], with_metrics)
+    arithmetic = _arithmetic(student, teacher)
+    value, rows, metrics = _outputs(student, arithmetic, call[_REDUCTION], with_metrics)
     outputs = (value, student, rows, metrics if with_metrics else None)
     _core_loss(*_in_order(student, call), *outputs, torch.get_num_threads())
     _overwritten(student)
@@ -212,13 +212,14 @@ def _check_devices(
 def _loss_fake(student: Tensor, *call: Any) -> tuple[Tensor, ...]:
     *_, with_gradient, with_metrics = call
     _check_devices(student, call)
-    value, rows, metrics = _outputs(student, call[0], call[_REDUCTION], with_metrics)
+    arithmetic = _arithmetic(student, call[0])
+    value, rows, metrics = _outputs(student, arithmetic, call[_REDUCTION], with_metrics)
     return value, student.new_empty(student.shape if with_gradient else 0), rows, metrics
 
 
 def _loss_inplace_fake(student: Tensor, *call: Any) -> tuple[Tensor, ...]:
     _check_devices(student, call)
-    return _outputs(student, call[0], call[_REDUCTION], call[-1])
+    return _outputs(student, _arithmetic(student, call[0]), call[_REDUCTION], call[-1])
 
 
 def _gradient_fake(student: Tensor, *call: Any) -> Tensor:

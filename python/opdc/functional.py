@@ -1,5 +1,8 @@
 """The losses as functions: logits in, a loss with its gradient out.
 
+Logits: a tensor, or a `Projection`: hidden states and the head that would make logits of them, of
+which only a chunk exists at a time then. What follows holds for both.
+
 Shapes: logits are `(..., V)`, the vocabulary last; tokens, mask, weights and log-probs are `(...)`,
 one per position. Logits are aligned with tokens already: `logits[..., t, :]` predicts
 `tokens[..., t]`. The last position axis is the sequence.
@@ -14,6 +17,16 @@ that type and the gradient, rounded once, in the student's. Only the student rec
 and only a first one.
 
 Memory: any strides; logits whose last axis has another stride than 1 are copied.
+
+Processes: a vocabulary that is split over processes is named by `process_group`, see `Common`. A
+student of DTensors (`torch.distributed.tensor`) is more general: the loss is that of the whole
+tensors, a DTensor itself, and gradients have the placements of what they belong to. `Shard` of the
+last axis of logits, or of the rows of a head beside `Replicate` hidden states, splits the
+vocabulary; `Shard` of another axis, beside a `Replicate` head, the positions, and denominators are
+those of all processes. Other DTensors are redistributed to fit, plain tensors are whole on every
+process, metrics are those of all processes. What positions cannot know of each other then is an
+error that says what to give: `seq_mean` and `discount` over a split sequence axis, `reopold`
+without `num_items` and `entropy_threshold`.
 
 Undefined input: a NaN, a `+inf` or nothing but `−inf` in an active row makes the loss of this row
 and its gradient NaN and leaves the gradients of the other rows alone. `−inf` in both models means
@@ -30,9 +43,11 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from . import _arguments, _ops
-from ._arguments import Loss
+from . import _arguments, _ops, _projected
+from ._arguments import Logits, Loss, Teacher
+from .projection import Projection
 from .support import TopK
 
 
@@ -64,10 +79,18 @@ class Common(TypedDict, total=False):
     rounding, of the product with the upstream gradient, is part of it. The logits must be
     the result of a computation, with rows of their own in memory, and outside of `torch.func`. Two
     such losses on slices of one tensor, and logits that are the input of a reentrant checkpoint,
-    do not work. Where no gradient is needed, nothing is overwritten.
+    do not work. Where no gradient is needed, nothing is overwritten. Not with a `Projection`, whose
+    logits are overwritten anyway.
 
     `return_metrics` (False): return `(loss, metrics)`; the metrics are detached 0-dim float64
     tensors with the sums over active positions, unweighted, see `opdc.metrics`.
+
+    `process_group` (None): of `torch.distributed`, when the vocabulary is split over its processes
+    in the order of their ranks. Student and teacher logits are `(..., V_rank)` then, and the weight
+    of a `Projection` `(V_rank, H)`; sizes may differ, and be 0. All else is the same on all ranks:
+    positions, tokens and other ids, which count through the whole vocabulary as `valid_vocab` does,
+    and a `TopK`. So are the value and the metrics that come out. The gradient of local logits
+    and of a local weight is local; that of hidden states is summed over the ranks.
     """
 
     temperature: float
@@ -78,6 +101,7 @@ class Common(TypedDict, total=False):
     num_items: float | Tensor | None
     inplace: bool
     return_metrics: bool
+    process_group: ProcessGroup | None
 
 
 class Supports:
@@ -101,8 +125,8 @@ class Supports:
 
 
 def reverse_kl(
-    student: Tensor,
-    teacher: Tensor | TopK,
+    student: Logits,
+    teacher: Teacher,
     *,
     support: str | None = None,
     k: int | None = None,
@@ -116,16 +140,16 @@ def reverse_kl(
     GKD, arXiv 2306.13649, with β = 1).
 
     Args:
-        student: logits `(..., V)`; receives the gradient.
-        teacher: logits `(..., V)`, or a `TopK`.
+        student: logits `(..., V)` or a `Projection`; receives the gradient.
+        teacher: logits `(..., V)`, a `Projection`, or a `TopK`.
         support: which ids the divergence runs over. "full" (the default for logits); "teacher", the
             `k` that the teacher ranks first (the default for a `TopK`); "student", those of the
             student; "teacher+token", the teacher's and the token.
         k: the size of the support; for a `TopK` its number of slots.
         normalize: what the probabilities on a support are, see `Supports`; must be named with one.
         tokens: the sampled ids `(...)`, for "teacher+token".
-        **common: temperature, mask, weights, valid_vocab, reduction, num_items, inplace and
-            return_metrics; see `Common`.
+        **common: temperature, mask, weights, valid_vocab, reduction, num_items, inplace,
+            return_metrics and process_group; see `Common`.
 
     Returns:
         The loss, `()` or, with `reduction="none"`, `(...)`; never negative over the vocabulary.
@@ -142,8 +166,8 @@ def reverse_kl(
 
 
 def forward_kl(
-    student: Tensor,
-    teacher: Tensor | TopK,
+    student: Logits,
+    teacher: Teacher,
     *,
     support: str | None = None,
     k: int | None = None,
@@ -157,8 +181,8 @@ def forward_kl(
     is `(p − q)/T`. GKD (arXiv 2306.13649) with β = 0.
 
     Args:
-        student: logits `(..., V)`; receives the gradient.
-        teacher: logits `(..., V)`, or a `TopK`.
+        student: logits `(..., V)` or a `Projection`; receives the gradient.
+        teacher: logits `(..., V)`, a `Projection`, or a `TopK`.
         support, k, normalize, tokens: as for `reverse_kl`.
         **common: see `Common`.
 
@@ -177,8 +201,8 @@ def forward_kl(
 
 
 def jsd(
-    student: Tensor,
-    teacher: Tensor | TopK,
+    student: Logits,
+    teacher: Teacher,
     *,
     beta: float = 0.5,
     support: str | None = None,
@@ -193,8 +217,8 @@ def jsd(
     by definition (the limits of the formula are 0).
 
     Args:
-        student: logits `(..., V)`; receives the gradient.
-        teacher: logits `(..., V)`, or a `TopK`.
+        student: logits `(..., V)` or a `Projection`; receives the gradient.
+        teacher: logits `(..., V)`, a `Projection`, or a `TopK`.
         beta: the teacher's share of the mixture, in [0, 1].
         support, k, normalize, tokens: as for `reverse_kl`; on a support with 0 < beta < 1 the
             divergence is defined for the normalisations "both" and "tail".
@@ -216,8 +240,8 @@ def jsd(
 
 
 def skew_kl(
-    student: Tensor,
-    teacher: Tensor,
+    student: Logits,
+    teacher: Logits,
     *,
     alpha: float = 0.1,
     direction: str = "forward",
@@ -229,8 +253,8 @@ def skew_kl(
     "reverse" is `KL(p ‖ (1 − α)q + αp)`.
 
     Args:
-        student: logits `(..., V)`; receives the gradient.
-        teacher: logits `(..., V)`.
+        student: logits `(..., V)` or a `Projection`; receives the gradient.
+        teacher: logits `(..., V)` or a `Projection`.
         alpha: how much of its first argument is mixed into the second, in [0, 1).
         direction: "forward" or "reverse".
         **common: see `Common`.
@@ -255,8 +279,8 @@ def skew_kl(
 
 
 def lsm(
-    student: Tensor,
-    teacher: Tensor | TopK,
+    student: Logits,
+    teacher: Teacher,
     *,
     k: int | None = None,
     support: str | None = None,
@@ -270,8 +294,8 @@ def lsm(
     has elsewhere, where `reverse_kl(..., normalize="tail")` does.
 
     Args:
-        student: logits `(..., V)`; receives the gradient, 0 off the support.
-        teacher: logits `(..., V)`, or a `TopK`.
+        student: logits `(..., V)` or a `Projection`; receives the gradient, 0 off the support.
+        teacher: logits `(..., V)`, a `Projection`, or a `TopK`.
         k: the size of the support; 32 or all ids, and for a `TopK` its number of slots.
         support: "teacher", the default; "student" or "teacher+token".
         tokens: the sampled ids `(...)`, for "teacher+token".
@@ -295,8 +319,8 @@ def lsm(
 
 
 def k1(
-    student: Tensor,
-    teacher: Tensor | TopK,
+    student: Logits,
+    teacher: Teacher,
     tokens: Tensor,
     *,
     old_logprobs: Tensor | None = None,
@@ -316,8 +340,9 @@ def k1(
     7), `max(−ρA, −clip(ρ, 1 − ε_low, 1 + ε_high) A)`. The advantage `A` is never differentiated.
 
     Args:
-        student: logits `(..., V)`; receives the gradient.
-        teacher: logits `(..., V)`, its log-probs of the tokens `(...)`, or a `TopK` with them.
+        student: logits `(..., V)` or a `Projection`; receives the gradient.
+        teacher: logits `(..., V)` or a `Projection`; its log-probs of the tokens `(...)`; or a
+            `TopK` with them.
         tokens: the sampled ids `(...)`, of an integer dtype, in `[0, valid_vocab)` where active.
         old_logprobs: `(...)`, log-probs of the tokens under the policy that drew them.
         clip_range: `ε`, or `(ε_low, ε_high)`; needs `old_logprobs`. None: not clipped.
@@ -368,15 +393,16 @@ def k1(
     )
 
 
-def k2(student: Tensor, teacher: Tensor | TopK, tokens: Tensor, **common: Unpack[Common]) -> Loss:
+def k2(student: Logits, teacher: Teacher, tokens: Tensor, **common: Unpack[Common]) -> Loss:
     """`½ R²` of the sampled token, differentiated: its mean gradient is the *reverse* KL's.
 
     The estimator k2 of Schulman ("Approximating KL divergence", 2020) as a loss. Over `y ~ p` its
     expected gradient descends `KL(p ‖ q)`, although its expected value is not that divergence.
 
     Args:
-        student: logits `(..., V)`; receives the gradient.
-        teacher: logits `(..., V)`, its log-probs of the tokens `(...)`, or a `TopK` with them.
+        student: logits `(..., V)` or a `Projection`; receives the gradient.
+        teacher: logits `(..., V)` or a `Projection`; its log-probs of the tokens `(...)`; or a
+            `TopK` with them.
         tokens: the sampled ids `(...)`, of an integer dtype, in `[0, valid_vocab)` where active.
         **common: see `Common`.
 
@@ -395,7 +421,7 @@ def k2(student: Tensor, teacher: Tensor | TopK, tokens: Tensor, **common: Unpack
     return _arguments.evaluate("k2", student, tensors, **common)
 
 
-def k3(student: Tensor, teacher: Tensor | TopK, tokens: Tensor, **common: Unpack[Common]) -> Loss:
+def k3(student: Logits, teacher: Teacher, tokens: Tensor, **common: Unpack[Common]) -> Loss:
     """`e^R − 1 − R` of the sampled token, differentiated: its mean gradient is the *forward* KL's.
 
     The estimator k3 of Schulman ("Approximating KL divergence", 2020) as a loss, as in GRPO
@@ -403,8 +429,9 @@ def k3(student: Tensor, teacher: Tensor | TopK, tokens: Tensor, **common: Unpack
     gradient descends `KL(q ‖ p)`.
 
     Args:
-        student: logits `(..., V)`; receives the gradient.
-        teacher: logits `(..., V)`, its log-probs of the tokens `(...)`, or a `TopK` with them.
+        student: logits `(..., V)` or a `Projection`; receives the gradient.
+        teacher: logits `(..., V)` or a `Projection`; its log-probs of the tokens `(...)`; or a
+            `TopK` with them.
         tokens: the sampled ids `(...)`, of an integer dtype, in `[0, valid_vocab)` where active.
         **common: see `Common`.
 
@@ -424,8 +451,8 @@ def k3(student: Tensor, teacher: Tensor | TopK, tokens: Tensor, **common: Unpack
 
 
 def tropd(
-    student: Tensor,
-    teacher: Tensor | TopK,
+    student: Logits,
+    teacher: Teacher,
     tokens: Tensor,
     *,
     k: int | None = None,
@@ -449,8 +476,8 @@ def tropd(
     instead. On positions that the teacher wrote the loss is `−prefix_weight s_y`.
 
     Args:
-        student: logits `(..., V)`; receives the gradient.
-        teacher: logits `(..., V)`, or a `TopK` with `token_logprobs`.
+        student: logits `(..., V)` or a `Projection`; receives the gradient.
+        teacher: logits `(..., V)`, a `Projection`, or a `TopK` with `token_logprobs`.
         tokens: the sampled ids `(...)`, of an integer dtype, in `[0, valid_vocab)` where active.
         k: ids of the forward KL, which is not normalised; 64 or all, and for a `TopK` its slots.
         region: "sampled": `M = 1` with probability `min(q_y / p_y, 1)`, the method; "expected":
@@ -487,7 +514,6 @@ def tropd(
     }
     region_index = _arguments.choice("region", region, _ops.REGIONS)
     if region == "sampled":
-        _arguments.require_tensor("student", student)
         if uniforms is None:
             uniforms = _uniforms(student, teacher, generator)
         tensors["uniforms"] = _arguments.constant("uniforms", uniforms)
@@ -515,8 +541,8 @@ def tropd(
 
 
 def eopd(
-    student: Tensor,
-    teacher: Tensor | TopK,
+    student: Logits,
+    teacher: Teacher,
     tokens: Tensor,
     *,
     k: int | None = None,
@@ -533,8 +559,8 @@ def eopd(
     settling on one of several good tokens.
 
     Args:
-        student: logits `(..., V)`; receives the gradient.
-        teacher: logits `(..., V)`, or a `TopK` with `token_logprobs` and `entropy`.
+        student: logits `(..., V)` or a `Projection`; receives the gradient.
+        teacher: logits `(..., V)`, a `Projection`, or a `TopK` with `token_logprobs` and `entropy`.
         tokens: the sampled ids `(...)`, of an integer dtype, in `[0, valid_vocab)` where active.
         k: ids of the forward KL; 16 or all, and for a `TopK` its slots.
         entropy_threshold: `h`, in nats.
@@ -575,8 +601,8 @@ def eopd(
 
 
 def reopold(
-    student: Tensor,
-    teacher: Tensor | TopK,
+    student: Logits,
+    teacher: Teacher,
     tokens: Tensor,
     *,
     phase: str = "exploration",
@@ -594,8 +620,9 @@ def reopold(
     entropy is largest. Switch after about a third of the steps.
 
     Args:
-        student: logits `(..., V)`; receives the gradient.
-        teacher: logits `(..., V)`, its log-probs of the tokens `(...)`, or a `TopK` with them.
+        student: logits `(..., V)` or a `Projection`; receives the gradient.
+        teacher: logits `(..., V)` or a `Projection`; its log-probs of the tokens `(...)`; or a
+            `TopK` with them.
         tokens: the sampled ids `(...)`, of an integer dtype, in `[0, valid_vocab)` where active.
         phase: "exploration" or "refinement".
         mixture: `n` in [0, 1]; 0: no floor.
@@ -635,8 +662,8 @@ def reopold(
 
 
 def aopd(
-    student: Tensor,
-    teacher: Tensor | TopK,
+    student: Logits,
+    teacher: Teacher,
     tokens: Tensor,
     *,
     k: int | None = None,
@@ -649,8 +676,8 @@ def aopd(
     `G = 1[q_y − p_y ≤ threshold]`. Where both models agree `G` is 1.
 
     Args:
-        student: logits `(..., V)`; receives the gradient.
-        teacher: logits `(..., V)`, or a `TopK` with `token_logprobs`.
+        student: logits `(..., V)` or a `Projection`; receives the gradient.
+        teacher: logits `(..., V)`, a `Projection`, or a `TopK` with `token_logprobs`.
         tokens: the sampled ids `(...)`, of an integer dtype, in `[0, valid_vocab)` where active.
         k: ids of the forward KL, which is not normalised; 16 or all, and for a `TopK` its slots.
         threshold: a difference of probabilities.
@@ -679,19 +706,20 @@ def aopd(
 
 
 def token_logprobs(
-    logits: Tensor,
+    logits: Logits,
     tokens: Tensor,
     *,
     temperature: float = 1.0,
     mask: Tensor | None = None,
     valid_vocab: int | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Log-probs `s_y` of given tokens, `(...)`; differentiable once. Inactive positions give 0.
 
     Args:
-        logits: `(..., V)`.
+        logits: `(..., V)`, or a `Projection`.
         tokens: ids `(...)`, of an integer dtype, in `[0, valid_vocab)` where active.
-        temperature, mask, valid_vocab: see `Common`.
+        temperature, mask, valid_vocab, process_group: see `Common`.
 
     >>> import opdc, torch
     >>> logits = torch.tensor([[0.0, 1.0, 2.0]])
@@ -707,22 +735,24 @@ def token_logprobs(
         mask=mask,
         valid_vocab=valid_vocab,
         reduction="none",
+        process_group=process_group,
     )
     return logprobs
 
 
 def entropy(
-    logits: Tensor,
+    logits: Logits,
     *,
     temperature: float = 1.0,
     mask: Tensor | None = None,
     valid_vocab: int | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Entropies `−Σ p s`, `(...)`; differentiable once. Inactive positions give 0.
 
     Args:
-        logits: `(..., V)`.
-        temperature, mask, valid_vocab: see `Common`.
+        logits: `(..., V)`, or a `Projection`.
+        temperature, mask, valid_vocab, process_group: see `Common`.
 
     >>> import opdc, torch
     >>> [f"{x:.4f}" for x in opdc.entropy(torch.tensor([[0.0, 1.0, 2.0]])).tolist()]
@@ -736,12 +766,13 @@ def entropy(
         mask=mask,
         valid_vocab=valid_vocab,
         reduction="none",
+        process_group=process_group,
     )
     return entropies
 
 
 def topk(
-    logits: Tensor, k: int, *, temperature: float = 1.0, valid_vocab: int | None = None
+    logits: Logits, k: int, *, temperature: float = 1.0, valid_vocab: int | None = None
 ) -> TopK:
     """The `k` largest logits of each position: the larger first, of equal ones the lower id.
 
@@ -749,7 +780,8 @@ def topk(
     differentiable.
 
     Args:
-        logits: `(..., V)`, float32, float64, bfloat16 or float16.
+        logits: `(..., V)`, float32, float64, bfloat16 or float16; or a `Projection`, which is
+            ranked by chunks of positions.
         k: from 1 to V, or to `valid_vocab`.
         temperature: of the log-probs.
         valid_vocab: only the ids below it exist.
@@ -768,10 +800,16 @@ def topk(
     """
     logits = _arguments.logits("logits", logits)
     k = _arguments.integer("k", k)
-    if logits.dim() and k > logits.shape[-1]:
-        raise ValueError(f"k is {k} but the vocabulary has {logits.shape[-1]} ids")
-    T = torch.ones((), dtype=torch.float64) * _arguments.number("temperature", temperature)
-    return TopK(*_ops.topk(logits, k, T, _arguments.vocabulary_size(valid_vocab)))
+    vocabulary = _arguments.vocabulary("logits", logits)
+    if vocabulary and k > vocabulary:
+        raise ValueError(f"k is {k} but the vocabulary has {vocabulary} ids")
+    temperature = _arguments.number("temperature", temperature)
+    T = torch.ones((), dtype=torch.float64, device="cpu") * temperature
+    valid = _arguments.vocabulary_size(valid_vocab)
+    _arguments.require_ids("logits", logits)
+    if isinstance(logits, Projection):
+        return TopK(*_projected.topk(logits, k, T, valid))
+    return TopK(*_ops.topk(logits, k, T, valid))
 
 
 # ----------------------------------------------------------------- what they share
@@ -779,8 +817,8 @@ def topk(
 
 def _divergence(
     method: str,
-    student: Tensor,
-    teacher: Tensor | TopK,
+    student: Logits,
+    teacher: Teacher,
     support: str | None,
     k: int | None,
     normalize: str | None,
@@ -796,6 +834,7 @@ def _divergence(
         k,
         normalize,
         default_k=default_k,
+        process_group=keywords.get("process_group"),
         valid_vocab=keywords.get("valid_vocab"),
     )
     tensors = _arguments.teacher_on_support(teacher)
@@ -809,8 +848,8 @@ def _divergence(
 
 def _token_loss_on_support(
     method: str,
-    student: Tensor,
-    teacher: Tensor | TopK,
+    student: Logits,
+    teacher: Teacher,
     tokens: Tensor,
     k: int | None,
     default_k: int,
@@ -836,6 +875,7 @@ def _token_loss_on_support(
                 k,
                 normalize,
                 default_k=default_k,
+                process_group=keywords.get("process_group"),
                 valid_vocab=keywords.get("valid_vocab"),
             ),
             **(integers or {}),
@@ -858,8 +898,10 @@ def _clipping(
     return {"clip_low": low, "clip_high": high}
 
 
-def _uniforms(student: Tensor, teacher: Tensor | TopK, generator: torch.Generator | None) -> Tensor:
+def _uniforms(student: Logits, teacher: Teacher, generator: torch.Generator | None) -> Tensor:
     """One number in [0, 1) for each position, in the type of the arithmetic."""
-    dtypes = [student.dtype] if isinstance(teacher, TopK) else [student.dtype, teacher.dtype]
-    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    return torch.rand(student.shape[:-1], generator=generator, dtype=dtype, device=student.device)
+    positions = _arguments.positions("student", student)
+    models = [model for model in (student, teacher) if not isinstance(model, TopK)]
+    given = student.hidden if isinstance(student, Projection) else student
+    dtype = _arguments.arithmetic(*models)
+    return torch.rand(positions, generator=generator, dtype=dtype, device=given.device)

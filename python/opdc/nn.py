@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from . import functional
-from ._arguments import Loss
-from .support import TopK
+from ._arguments import Logits, Loss, Teacher
 
 __all__ = [
     "AOPDLoss",
@@ -55,12 +55,14 @@ class _DistillationLoss(torch.nn.Module):
         valid_vocab: int | None = None,
         reduction: str = "mean",
         inplace: bool = False,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.temperature = temperature
         self.valid_vocab = valid_vocab
         self.reduction = reduction
         self.inplace = inplace
+        self.process_group = process_group
 
     @property
     def uses_num_items(self) -> bool:
@@ -69,8 +71,8 @@ class _DistillationLoss(torch.nn.Module):
 
     def forward(
         self,
-        student: Tensor,
-        teacher: Tensor | TopK,
+        student: Logits,
+        teacher: Teacher,
         *,
         tokens: Tensor | None = None,
         mask: Tensor | None = None,
@@ -103,6 +105,7 @@ class _DistillationLoss(torch.nn.Module):
             num_items=num_items,
             inplace=self.inplace,
             return_metrics=return_metrics,
+            process_group=self.process_group,
         )
 
     def extra_repr(self) -> str:

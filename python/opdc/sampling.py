@@ -150,7 +150,7 @@ def sample(
     (tensor([1]), tensor([0.3333]), tensor([0.2500]))
     """
     tokens, columns = _ops.sample(
-        _arguments.logits("logits", logits),
+        _arguments.tensor_of_logits("logits", logits),
         None,
         None,
         None,
@@ -294,8 +294,8 @@ def blend_verify(
 def _models(
     student: Tensor, teacher: Tensor, epsilon: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    student = _arguments.logits("student", student)
-    teacher = _arguments.logits("teacher", teacher)
+    student = _arguments.tensor_of_logits("student", student)
+    teacher = _arguments.tensor_of_logits("teacher", teacher)
     positions = student.shape[:-1]
     if not isinstance(epsilon, Tensor):
         budget = torch.ones((), dtype=torch.float64, device=student.device)

@@ -41,7 +41,8 @@ def drift_gate(
     >>> [f"{w:.4f}" for w in opdc.drift_gate(now, old, block=2)[0].tolist()]
     ['1.2670', '1.2670', '0.4661']
     """
-    kappa_tensor = torch.ones((), dtype=torch.float64) * _arguments.number("kappa", kappa)
+    kappa = _arguments.number("kappa", kappa)
+    kappa_tensor = torch.ones((), dtype=torch.float64, device="cpu") * kappa
     return _ops.drift_gate(
         _arguments.constant("logprobs", logprobs),
         _arguments.constant("old_logprobs", old_logprobs),
