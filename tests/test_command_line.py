@@ -13,10 +13,12 @@ import torch
 
 import opdc
 from opdc.__main__ import COMMANDS, main
-from opdc.bench import generation, report
+from opdc.bench import generation
 from opdc.bench.contenders import FUNCTIONS, Contender, make_inputs, work
+from opdc.bench.hidden import LOSSES
 from opdc.bench.measure import REHEARSALS, interleave
 
+LICENSE = Path(__file__).parent.parent / "LICENSE"  # a text without markers
 TINY = ["bench", "--rows", "3", "--vocabulary", "1000", "--repeats", "2", "--threads", "1"]
 
 
@@ -83,13 +85,17 @@ def test_bench_says_what_to_install():
     assert "pip install '.[bench]'" in done.stderr
 
 
+def markers(name):
+    return f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->"
+
+
 def test_bench_measures_every_function(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(opdc.bench.measure, "OVERHEAD_CALLS", 20)
     monkeypatch.setattr(opdc.bench.measure, "REHEARSALS", 1)
     shrink_generate(monkeypatch)
     folder = tmp_path / "results"
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    readme.write_text(f"before\n{markers('benchmark')}\nafter\n")
     words = ["--contenders", "eager,opdc", "--json", "--output", str(folder)]
     assert main([*TINY, *words, "--update-readme", str(readme)]) == 0
     captured = capsys.readouterr()
@@ -147,7 +153,7 @@ def assert_generated(measured):
 def test_bench_measures_generate_alone(capsys, monkeypatch, tmp_path):
     shrink_generate(monkeypatch)
     readme = tmp_path / "README.md"
-    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    readme.write_text(markers("benchmark"))
     words = ["--functions", "generate", "--json", "--output", str(tmp_path)]
     assert main([*TINY, *words, "--update-readme", str(readme)]) == 0
     captured = capsys.readouterr()
@@ -157,6 +163,69 @@ def test_bench_measures_generate_alone(capsys, monkeypatch, tmp_path):
     assert "tokens/s" in captured.err
     assert "| `BlendSampler` |" in readme.read_text()
     assert not (tmp_path / "bench.png").exists()
+
+
+def test_bench_measures_losses_from_hidden_states(capsys, monkeypatch, tmp_path):
+    for package in ("trl", "liger_kernel"):
+        monkeypatch.setitem(sys.modules, package, None)
+    readme, saved = tmp_path / "README.md", tmp_path / "bench.json"
+    readme.write_text(f"before\n{markers('hidden')}\n{markers('benchmark')}\n")
+    monkeypatch.setattr(opdc.bench.measure, "OVERHEAD_CALLS", 1)
+    words = ["--contenders", "eager,opdc,trl,liger", "--output", str(tmp_path)]
+    k1 = ["--functions", "k1", "--dtypes", "float32"]
+    assert main([*TINY, *words, *k1]) == 0
+    earlier = json.loads(saved.read_text())
+    hidden = ["--functions", "hidden", "--hidden-sizes", "8,12", "--rows", "20"]
+    capsys.readouterr()
+    assert main([*TINY, *words, *hidden, "--update-readme", str(readme)]) == 0
+    shown = capsys.readouterr().out
+    tables = shown[shown.index("From hidden states") : shown.index("trl left out")]
+    assert "K1" not in shown
+    assert "trl left out: No module named 'trl" in shown
+    assert "liger-kernel left out: No module named 'liger_kernel" in shown
+
+    result = json.loads(saved.read_text())
+    measured = result.pop("hidden")
+    assert earlier.pop("hidden") is None
+    assert result == earlier
+    assert measured["rows"] == 20
+    assert [(case["function"], case["size"]) for case in measured["cases"]] == [
+        (name, size) for size in (8, 12) for name in LOSSES
+    ]
+    for case in measured["cases"]:
+        contenders = {"opdc", "logits", "eager"}
+        if case["function"] == "lsm_given":
+            contenders.add("opdc_sparse")
+            assert case["gradients"]["opdc_sparse"] < case["gradients"]["opdc"]
+        assert contenders == case["gradient_error"].keys() == case["memory"].keys()
+        assert {*contenders, "products"} == case["milliseconds"].keys()
+        assert max(case["gradient_error"].values()) < 1e-4
+        assert min(figures["low"] for figures in case["milliseconds"].values()) > 0
+
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- hidden:begin -->\n| loss + gradients |")
+    assert "| LSM, teacher top 32, sparse gradient of the head | 12 |" in text
+    assert markers("benchmark") in text
+    assert main([*TINY, *words, *k1]) == 0  # keeps what was measured from hidden states
+    capsys.readouterr()
+    assert main(["bench", "--report", str(saved), "--update-readme", str(readme)]) == 0
+    assert tables in capsys.readouterr().out
+    assert readme.read_text().startswith(text.partition("<!-- hidden:end -->")[0])
+    assert markers("benchmark") not in readme.read_text()
+
+
+def test_bench_leaves_out_of_hidden_what_the_budget_or_the_memory_forbids(
+    capsys, monkeypatch, tmp_path
+):
+    words = ["--functions", "hidden", "--hidden-sizes", "8", "--json", "--output", str(tmp_path)]
+    assert main([*TINY, *words, "--budget", "1e-9"]) == 0
+    for case in json.loads(capsys.readouterr().out)["hidden"]["cases"]:
+        assert {key.partition("_")[0] for key in case["milliseconds"]} == {"products", "opdc"}
+        assert case["notes"][0] == "logits left out: the budget of 0 s is spent"
+    monkeypatch.setattr(opdc.bench.measure, "available_memory", lambda: 0)
+    assert main([*TINY, *words, "--contenders", "eager"]) == 0
+    for case in json.loads(capsys.readouterr().out)["hidden"]["cases"]:
+        assert case["notes"] == ["eager left out: it would not fit into memory"]
 
 
 def test_bench_without_transformers_leaves_generate_out(tmp_path):
@@ -253,7 +322,11 @@ def test_interrupted_bench_keeps_what_it_has(capsys, monkeypatch, tmp_path):
         (["bench", "--budget", "nan"], "'nan'"),
         (["bench", "--report", "no/such/file.json"], "no/such/file.json"),
         (["bench", "--plot", "no/such/folder/plot.png"], "no/such/folder"),
-        (["bench", "--update-readme", __file__], "benchmark:begin"),
+        (["bench", "--functions", "hidden", "--hidden-sizes", "1000000"], "--hidden-sizes"),
+        (["bench", "--hidden-sizes", "x"], "'x'"),
+        (["bench", "--update-readme", str(LICENSE)], "benchmark:begin"),
+        (["bench", "--functions", "hidden", "--update-readme", str(LICENSE)], "hidden:begin"),
+        (["bench", "--report", str(LICENSE)], "LICENSE was not written by"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(words, named, capsys):

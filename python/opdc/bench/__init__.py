@@ -1,6 +1,7 @@
 """``python -m opdc bench``: opdc against eager PyTorch, torch.compile and the memory's bandwidth.
 
-All contenders run on the same tensors, in turns, in one process.
+All contenders run on the same tensors, in turns, in one process. Losses from hidden states have
+others: the bare matrix products, and the chunked losses of TRL and Liger where they are installed.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 from .. import info
 from .contenders import DTYPES, FUNCTIONS
 from .generation import GENERATE
+from .hidden import HIDDEN, SIZES
 from .measure import Benchmark, Plan, available_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-CONTENDERS = ("eager", "compile", "opdc")
+CONTENDERS = ("eager", "compile", "opdc", "trl", "liger")  # the last two from hidden states
 SAMPLERS = [name for name, function in FUNCTIONS.items() if function.law]
 GROUPS = {
     "losses": [name for name in FUNCTIONS if name not in SAMPLERS],
@@ -81,8 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--functions",
         "NAMES",
-        f"any of {', '.join([*FUNCTIONS, GENERATE])}, or {' or '.join(GROUPS)} (default: all)",
-        type=_choice(*FUNCTIONS, GENERATE, **GROUPS),
+        f"any of {', '.join([*FUNCTIONS, GENERATE, HIDDEN])}, or {' or '.join(GROUPS)} (default: "
+        f"all but {HIDDEN}, losses from hidden states, which takes as long as the others together)",
+        type=_choice(*FUNCTIONS, GENERATE, HIDDEN, **GROUPS),
     )
     add("--dtypes", "NAMES", "float32, bfloat16 (default: both)", type=_choice(*DTYPES))
     add("--rows", "COUNTS", "numbers of rows (default: 256,1024)", type=_counts)
@@ -90,11 +93,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--contenders",
         "NAMES",
-        "any of eager, compile, opdc (default: all)",
+        f"any of {', '.join(CONTENDERS)} (default: all that are installed)",
         type=_choice(*CONTENDERS),
         default=list(CONTENDERS),
     )
     add("--vocabulary", "V", "logits in a row (default: %(default)s)", type=_count, default=151936)
+    add(
+        "--hidden-sizes",
+        "COUNTS",
+        f"sizes of hidden states (default: {','.join(map(str, SIZES))})",
+        type=_counts,
+        default=SIZES,
+    )
     add("--repeats", "N", "calls of each, at most (default: %(default)s)", type=_count, default=7)
     add(
         "--budget",
@@ -124,7 +134,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--plot", "PATH", "the plot instead", type=Path)
     add("--report", "RESULT", "measure nothing: show this JSON file of an earlier run", type=Path)
-    add("--update-readme", "README", "put the table between its benchmark markers", type=Path)
+    add("--update-readme", "README", "put the tables between their markers", type=Path)
     parser.set_defaults(fail=parser.error)
 
 
@@ -136,8 +146,9 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
     functions = chosen.pop("functions")
     plan = Plan(
         **chosen,
-        functions=[name for name in functions if name != GENERATE],
+        functions=[name for name in functions if name not in (GENERATE, HIDDEN)],
         generate=GENERATE in functions,
+        hidden_sizes=arguments.hidden_sizes if HIDDEN in functions else (),
         contenders=arguments.contenders,
         vocabulary=arguments.vocabulary,
         repeats=arguments.repeats,
@@ -150,10 +161,11 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         )
     # The gradient is one matrix more, and half as much again is left to whoever else is here.
     if 1.5 * plan.bytes() > available_memory():
+        smaller = "fewer --rows" + (" or smaller --hidden-sizes" if plan.hidden_sizes else "")
         arguments.fail(
             f"argument --rows: {max(plan.rows):,} x {plan.vocabulary:,} logits need "
             f"{1.5 * plan.bytes() / 2**30:.1f} GiB, but {available_memory() / 2**30:.1f} GiB are "
-            "available; give fewer --rows"
+            f"available; give {smaller}"
         )
     return plan
 
@@ -183,10 +195,23 @@ def carry_out(plan: Plan, console: Console) -> dict[str, Any]:
 
 def load(path: Path) -> dict[str, Any]:
     """The result of an earlier run."""
-    result = json.loads(path.read_text())
+    try:
+        result = json.loads(path.read_text())
+    except ValueError:
+        result = None
     if not isinstance(result, dict) or not {"machine", "cases"} <= result.keys():
-        raise ValueError("not written by this benchmark")
+        raise ValueError(f"{path} was not written by this benchmark")
     return result
+
+
+def joined(earlier: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """A result and what an earlier one has beside it.
+
+    Losses from hidden states stand by themselves, with a machine and sizes of their own; all else
+    is of one run.
+    """
+    hidden = {HIDDEN: result.get(HIDDEN) or earlier.get(HIDDEN)}
+    return (result if result["cases"] or result.get("generate") else earlier or result) | hidden
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -201,38 +226,43 @@ def run(arguments: argparse.Namespace) -> int:
 
     # Whatever could fail at the end fails now.
     readme: Path | None = arguments.update_readme
+    to_stdout = arguments.json == "-"
+    saved = None if to_stdout else Path(arguments.json or arguments.output / "bench.json")
+    earlier: dict[str, Any] = {}
     try:
-        if readme is not None:
-            report.replace_between_markers(readme.read_text(), "")  # has it the markers?
-        for path in (arguments.plot, arguments.json and Path(arguments.json)):
+        for path in (arguments.plot, arguments.json and saved):
             if path is not None and not path.parent.is_dir():
                 raise FileNotFoundError(f"no folder {path.parent}")
         if arguments.report is None:
             plan = plan_of(arguments)
+            if readme is not None:
+                report.replace_sections(readme.read_text(), dict.fromkeys(plan.sections(), ""))
+            if saved is not None and saved.exists():
+                earlier = load(saved)
             arguments.output.mkdir(parents=True, exist_ok=True)
             result = carry_out(plan, Console(stderr=True))
         else:
             result = load(arguments.report)
+            if readme is not None:
+                report.replace_sections(readme.read_text(), report.sections(result))
     except (OSError, ValueError) as error:
         fail(str(error))
-    if not result["cases"] and not result.get("generate"):
+    if not any(result.get(part) for part in ("cases", "generate", HIDDEN)):
         fail("stopped before anything was measured")
 
-    to_stdout = arguments.json == "-"
     written = []
     if arguments.report is None or arguments.json:
-        text = json.dumps(result, indent=2) + "\n"
-        if to_stdout:
+        text = json.dumps(joined(earlier, result), indent=2) + "\n"
+        if saved is None:
             print(text, end="")
         else:
-            written.append(Path(arguments.json or arguments.output / "bench.json"))
-            written[-1].write_text(text)
+            saved.write_text(text)
+            written.append(saved)
     if result["cases"] and (arguments.report is None or arguments.plot):
         written.append(arguments.plot or arguments.output / "bench.png")
         report.save_plot(result, written[-1])
     if readme is not None:
-        text = report.replace_between_markers(readme.read_text(), report.markdown(result))
-        readme.write_text(text)
+        readme.write_text(report.replace_sections(readme.read_text(), report.sections(result)))
         written.append(readme)
     console = Console(stderr=to_stdout)
     report.print_tables(result, console)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import itertools
 import statistics
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import info
-from . import generation
+from . import generation, hidden
 from .contenders import (
     DTYPES,
     FUNCTIONS,
@@ -32,10 +34,12 @@ from .contenders import (
 SLOW = 4.0  # seconds; a call as long as this is not worth repeating, its noise averages out in it
 PATIENCE = 4.0  # shares of a case that a single call of eager or compile may take, as far as known
 GENERATE_CASES = 10  # shares that generate has of the budget
+HIDDEN_CASES = 25  # shares that each loss from hidden states has of it
 REHEARSALS = 4  # untimed calls before a timed one, at most
 REHEARSAL = 1.0  # seconds that they may take together, but one there always is
 OVERHEAD_SHAPE = (1, 128)  # so few logits that only the cost of the call is left
 OVERHEAD_CALLS = 1000
+HIDDEN_SLOW = 20.0  # seconds; of losses from hidden states a call as long as this is not repeated
 ORDER_ROWS = 64  # of the top-K of rows in adverse orders
 ORDER_SECONDS = 2.0  # for each of them
 
@@ -61,6 +65,7 @@ class Plan:
     repeats: int
     budget: float
     generate: bool = False  # end to end, too
+    hidden_sizes: Sequence[int] = ()  # of hidden states: the losses from these, too
     seed: int = 0
 
     def cases(self) -> list[tuple[int, int, str, str]]:
@@ -70,12 +75,24 @@ class Plan:
     def steps(self) -> int:
         """How much `Benchmark.run` reports: the cases, then what is measured once for a dtype."""
         once = len(self.dtypes) * (len(self.functions) + ("topk" in self.functions))
-        return len(self.cases()) + once + self.generate
+        return len(self.cases()) + once + self.generate + len(self.hidden_cases())
+
+    def hidden_cases(self) -> list[tuple[int, str]]:
+        return list(itertools.product(self.hidden_sizes, hidden.LOSSES))
+
+    def sections(self) -> list[str]:
+        """The parts of a README that the result has a table for."""
+        parts = {"benchmark": self.functions or self.generate, "hidden": self.hidden_sizes}
+        return [name for name, measured in parts.items() if measured]
 
     def bytes(self) -> int:
-        """What the inputs need: student, teacher and scratch in float32 and in each other dtype."""
+        """What the inputs need: student, teacher and scratch in float32 and in each other dtype;
+        or the hidden states and heads of both, the student's gradients, and its logits."""
         element = 4 + sum(DTYPES[name].itemsize for name in self.dtypes if name != "float32")
-        return 3 * element * max(self.rows) * self.vocabulary if self.functions else 0
+        logits = max(self.rows) * self.vocabulary
+        of_losses = 3 * element * logits if self.functions else 0
+        states = max(self.hidden_sizes, default=0) * (max(self.rows) + self.vocabulary)
+        return max(of_losses, 4 * (4 * states + logits) if states else 0)
 
 
 # ---- memory ----------------------------------------------------------------------------------
@@ -118,10 +135,18 @@ def _sampled_peak(run: Callable[[], Any]) -> int:
     return peak
 
 
+def _return_free_memory() -> None:
+    """What was freed but is kept by malloc goes back to the system, where malloc can do so: else
+    a call that finds it there would seem to need no memory."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def extra_memory(contender: Contender) -> int | None:
     """Bytes that a call needs beyond what is there before it; None where the system cannot tell."""
     contender.prepare()
     gc.collect()
+    _return_free_memory()
     try:
         before = _status("VmRSS")
         try:
@@ -143,6 +168,13 @@ def timed(contender: Contender) -> tuple[float, Any]:
     start = time.perf_counter()
     result = contender.run()
     return time.perf_counter() - start, result
+
+
+def timed_with_memory(contender: Contender) -> tuple[float, Any, int | None]:
+    """Seconds, result and extra memory of one and the same call."""
+    calls: list[tuple[float, Any]] = []
+    peak = extra_memory(Contender(lambda: calls.append(timed(contender))))
+    return *calls[0], peak
 
 
 def interleave(
@@ -179,14 +211,17 @@ def interleave(
     return samples
 
 
-def microseconds(samples: list[float], rows: int) -> dict[str, float]:
-    per_row = [1e6 * sample / rows for sample in samples]
+def spread(values: list[float]) -> dict[str, float]:
     return {
-        "median": statistics.median(per_row),
-        "low": min(per_row),
-        "high": max(per_row),
-        "repeats": len(per_row),
+        "median": statistics.median(values),
+        "low": min(values),
+        "high": max(values),
+        "repeats": len(values),
     }
+
+
+def microseconds(samples: list[float], rows: int) -> dict[str, float]:
+    return spread([1e6 * sample / rows for sample in samples])
 
 
 def call_overhead(function: Function, dtype: torch.dtype, textbook: bool) -> float:
@@ -203,6 +238,10 @@ def call_overhead(function: Function, dtype: torch.dtype, textbook: bool) -> flo
 
 
 # ---- the benchmark ---------------------------------------------------------------------------
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 ORDERS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -229,6 +268,7 @@ class Benchmark:
             "overhead_shape": OVERHEAD_SHAPE,
             "overhead": [],
             "generate": None,
+            "hidden": None,
         }
         if not plan.functions:
             return
@@ -261,6 +301,8 @@ class Benchmark:
             if self.plan.generate:
                 yield "generate, end to end"
                 self.result["generate"] = self.generate()
+            if self.plan.hidden_sizes:
+                yield from self.from_hidden_states()
             self.result["complete"] = True
         finally:
             gc.unfreeze()
@@ -270,6 +312,7 @@ class Benchmark:
     def share(self, cases: int = 1) -> float:
         """The seconds of so many cases."""
         total = len(self.plan.cases()) + GENERATE_CASES * self.plan.generate
+        total += HIDDEN_CASES * len(self.plan.hidden_cases())
         return self.plan.budget * cases / total
 
     def generate(self) -> dict[str, Any]:
@@ -291,6 +334,100 @@ class Benchmark:
             },
             "blends": blends,
         }
+
+    def from_hidden_states(self) -> Iterator[str]:
+        """Losses from hidden states: in float32, with the most rows and threads."""
+        rows, vocabulary = max(self.plan.rows), self.plan.vocabulary
+        record: dict[str, Any] = {
+            "machine": self.result["machine"],
+            "rows": rows,
+            "vocabulary": vocabulary,
+            "threads": torch.get_num_threads(),
+            "packages": {name: info.version(name) for name in hidden.PACKAGES.values()},
+            "cases": [],
+        }
+        inputs: hidden.Inputs | None = None
+        for size, name in self.plan.hidden_cases():
+            yield f"{FUNCTIONS[name].title}, from hidden states of {size}"
+            if inputs is None or inputs.hidden.size(-1) != size:
+                inputs = None  # not both sizes at once
+                inputs = hidden.make_inputs(rows, vocabulary, size, self.plan.seed)
+            case = {"function": name, "size": size, **self.hidden_case(name, inputs)}
+            record["cases"].append(case)
+            self.result["hidden"] = record
+
+    def hidden_case(self, name: str, inputs: hidden.Inputs) -> dict[str, Any]:
+        """Time and memory of each contender.
+
+        The first call of each is for the memory and for the check; it is timed where a call is so
+        long that it is the only one. The others take turns until the time of the case is over.
+        """
+        function, started, notes = FUNCTIONS[name], time.monotonic(), list[str]()
+        reference = hidden.exact(function, inputs)
+        first: dict[str, float] = {}
+        memory, errors, gradients = {}, {}, {}
+        contenders = {"products": hidden.bare_products(function, inputs)}
+        first["products"], _ = timed(contenders["products"])
+        for key, get in hidden.losses(name).items():
+            contender = self.hidden_contender(key, get, function, inputs, notes)
+            if contender is None:
+                continue
+            first[key], result, peak = timed_with_memory(contender)
+            contenders[key] = contender
+            errors[key] = hidden.errors(result, reference, inputs)
+            gradients[key] = hidden.gradient_bytes(result)
+            memory[key] = None if peak is None else max(0, peak - gradients[key])
+            del result
+
+        samples: dict[str, list[float]] = {key: [] for key in contenders}
+        share = self.share(HIDDEN_CASES)
+        for _ in range(self.plan.repeats):
+            for key, contender in contenders.items():
+                once = not samples[key] and first[key] <= HIDDEN_SLOW
+                if once or time.monotonic() - started + first[key] <= share:
+                    samples[key].append(timed(contender)[0])
+        return {
+            "milliseconds": {
+                key: spread([1e3 * sample for sample in values or [first[key]]])
+                for key, values in samples.items()
+            },
+            "memory": memory,
+            "gradients": gradients,
+            "inputs": inputs.bytes(function),
+            "gradient_error": errors,
+            "notes": notes,
+        }
+
+    def hidden_contender(
+        self,
+        key: str,
+        get: Callable[[], Callable[..., Tensor]],
+        function: Function,
+        inputs: hidden.Inputs,
+        notes: list[str],
+    ) -> Contender | None:
+        """A contender, run once if that compiles it; or None and the reason in ``notes``."""
+        wanted = "opdc" if key in ("opdc", "opdc_sparse", "logits") else key
+        if wanted not in self.plan.contenders:
+            return None
+        logits = 4 * len(inputs.hidden) * len(inputs.weight)
+        if not key.startswith("opdc") and time.monotonic() - self.started > self.plan.budget:
+            reason = f"the budget of {self.plan.budget:.0f} s is spent"
+        elif hidden.MATRICES.get(key, 0) * logits > 0.8 * available_memory():
+            reason = "it would not fit into memory"
+        else:
+            try:
+                contender = hidden.contender(get(), function, inputs)
+                if key in hidden.COMPILED:
+                    torch._dynamo.reset()  # an earlier case must not use up the recompilations
+                    timed(contender)
+                return contender
+            except Exception as error:  # not installed, no compiler, or it fails in its own way
+                if wanted in ("opdc", "eager"):
+                    raise
+                reason = _first_line(error)
+        notes.append(f"{hidden.PACKAGES.get(key, key)} left out: {reason}")
+        return None
 
     def orders(self, dtype: str) -> dict[str, Any]:
         """Top-K of the same logits in orders that a selection could dislike."""
@@ -414,9 +551,8 @@ class Benchmark:
                 try:
                     timed(contender)
                 except Exception as error:  # no compiler, or one that fails in its own way
-                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                    self.compile_error = reason
-                    notes.append(f"compile left out: {reason}")
+                    self.compile_error = _first_line(error)
+                    notes.append(f"compile left out: {self.compile_error}")
                     continue
             found[key] = contender
         if "opdc" in self.plan.contenders:

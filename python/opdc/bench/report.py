@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .contenders import FUNCTIONS, TOP
+from .hidden import PACKAGES
 
 NAMES = {
     "eager": "eager",
@@ -34,7 +35,13 @@ COLOURS = {
     "opdc": "#7fb8e6",
     "opdc_inplace": "#1f6fb4",
 }
-BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+FROM_HIDDEN = {
+    "logits": "opdc on logits",
+    "trl": "TRL",
+    "liger": "Liger",
+    "eager": NAMES["eager"],
+    "compile": NAMES["compile"],
+}
 MISSING = "–"
 
 Case = dict[str, Any]
@@ -302,12 +309,117 @@ def generate_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def hidden_contenders(measured: dict[str, Any]) -> list[str]:
+    present = {name for case in measured["cases"] for name in case["milliseconds"]}
+    return [name for name in FROM_HIDDEN if name in present]
+
+
+def hidden_rows(
+    measured: dict[str, Any], cells: Callable[[Case, str], list[str]]
+) -> list[list[str]]:
+    """A row for each loss and size, and one more where opdc gives a sparse gradient too."""
+    rows = []
+    for case in measured["cases"]:
+        for name, suffix in (("opdc", ""), ("opdc_sparse", ", sparse gradient of the head")):
+            if name in case["milliseconds"] or name == "opdc":
+                rows.append([title(case) + suffix, f"{case['size']:,}", *cells(case, name)])
+    return rows
+
+
+def hidden_times(measured: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells: milliseconds, and how they compare with those of opdc."""
+    others = hidden_contenders(measured)
+
+    def cells(case: Case, name: str) -> list[str]:
+        found = {key: value["median"] for key, value in case["milliseconds"].items()}
+        mine, products = found.get(name), found["products"]
+        return [
+            number(products),
+            number(mine),
+            times(mine and mine / products),
+            *(_with_ratio(found.get(other), mine) for other in others),
+        ]
+
+    columns = [FROM_HIDDEN[name] for name in others]
+    headings = ["loss + gradients", "H", "bare products", "opdc", "over the products", *columns]
+    return headings, hidden_rows(measured, cells)
+
+
+def _with_ratio(value: float | None, mine: float | None) -> str:
+    return number(value) + (f" ({times(value / mine)})" if value and mine else "")
+
+
+def hidden_sizes(measured: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells: MiB of the inputs, of the gradients, and what each needs beyond them."""
+    others = hidden_contenders(measured)
+
+    def cells(case: Case, name: str) -> list[str]:
+        sizes = [case["inputs"], case["gradients"].get(name)]
+        sizes += [case["memory"].get(key) for key in (name, *others)]
+        return [number(size and size / 2**20) for size in sizes]
+
+    columns = [FROM_HIDDEN[name] for name in others]
+    headings = ["extra memory, MiB", "H", "(inputs)", "(gradients)", "opdc", *columns]
+    return headings, hidden_rows(measured, cells)
+
+
+def hidden_errors(measured: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    others = hidden_contenders(measured)
+
+    def cells(case: Case, name: str) -> list[str]:
+        found = [case["gradient_error"].get(key) for key in (name, *others)]
+        return [MISSING if error is None else f"{error:.1e}" for error in found]
+
+    return ["error", "H", "opdc", *(FROM_HIDDEN[name] for name in others)], hidden_rows(
+        measured, cells
+    )
+
+
+def hidden_remarks(measured: dict[str, Any]) -> list[str]:
+    used = [name for name in hidden_contenders(measured) if name in PACKAGES]
+    versions = {name: measured["packages"][PACKAGES[name]] for name in used}
+    others = "".join(f", {FROM_HIDDEN[name]} {version}" for name, version in versions.items())
+    cases = [case for case in measured["cases"] if "teacher" in FUNCTIONS[case["function"]].takes]
+    remarks = [
+        f"Milliseconds, medians; float32, {measured['rows']:,} positions × "
+        f"{measured['vocabulary']:,} ids, {plural(measured['threads'], 'thread')}, "
+        f"{machine(measured)}{others}. In brackets: how many times as long as opdc.",
+        "*Bare products*: the matrix products that gradients need from whole logits, into memory "
+        "that is there before: one for each model with a head, two backward.",
+        "Extra memory: the peak of the resident memory in a call, beyond inputs and gradients.",
+    ]
+    if cases:
+        products = 4 * 2 * measured["rows"] * measured["vocabulary"] / 1e6
+        rates = [c["size"] * products / c["milliseconds"]["products"]["median"] for c in cases]
+        remarks[1] += f" They run at {number(statistics.median(rates))} GFLOP/s."
+    return remarks
+
+
 def machine(result: dict[str, Any]) -> str:
     facts = result["machine"]
     return (
         f"{facts['cpu']}, {facts['cpus']} CPUs, opdc {facts['opdc']} "
         f"({facts['instruction_set']}), torch {facts['torch']}"
     )
+
+
+def print_hidden(measured: dict[str, Any], console: Console) -> None:
+    about, products, memory = hidden_remarks(measured)
+    error = (
+        "Relative, against float64: of the first hidden states in norm, of the head in the sum of "
+        "its products with its gradient."
+    )
+    parts = (
+        ("From hidden states: milliseconds", hidden_times, f"{about}\n{products}"),
+        ("From hidden states: memory", hidden_sizes, memory),
+        ("From hidden states: error of the gradients", hidden_errors, error),
+    )
+    for heading, part, caption in parts:
+        headings, rows = part(measured)
+        table = _table(heading, caption, headings)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table, "", highlight=False)
 
 
 def print_tables(result: dict[str, Any], console: Console) -> None:
@@ -338,6 +450,8 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
         console.print(overhead_table(result), "", highlight=False)
     if was_generated(result):
         console.print(generate_table(result), "", highlight=False)
+    if measured := result.get("hidden"):
+        print_hidden(measured, console)
     for note, where in notes(result).items():
         console.print(f"[yellow]{note}[/yellow] ({where})", highlight=False)
 
@@ -349,6 +463,9 @@ def notes(result: dict[str, Any]) -> dict[str, str]:
         where = f"{title(case)} {case['dtype']} {case['rows']} rows {case['threads']} thr."
         for note in case["notes"]:
             found.setdefault(note, []).append(where)
+    for case in (result.get("hidden") or {"cases": []})["cases"]:
+        for note in case["notes"]:
+            found.setdefault(note, []).append(f"{title(case)}, hidden states of {case['size']}")
     if reason := (result.get("generate") or {}).get("left_out"):
         found["generate left out: " + reason] = ["end to end"]
     return {
@@ -360,8 +477,23 @@ def notes(result: dict[str, Any]) -> dict[str, str]:
 # ---- a README --------------------------------------------------------------------------------
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """What a README shows: the principal cases, and `generate`."""
+def sections(result: dict[str, Any]) -> dict[str, str]:
+    """What a README shows, by the name of its markers."""
+    found = {"benchmark": _benchmark_markdown(result)}
+    if measured := result.get("hidden"):
+        found["hidden"] = _hidden_markdown(measured)
+    return {name: text for name, text in found.items() if text}
+
+
+def _hidden_markdown(measured: dict[str, Any]) -> str:
+    lines = []
+    for headings, rows in (hidden_times(measured), hidden_sizes(measured)):
+        lines += [*_markdown_table(headings, rows, 1), ""]
+    return "\n".join([*lines, *hidden_remarks(measured)])
+
+
+def _benchmark_markdown(result: dict[str, Any]) -> str:
+    """The principal cases, and `generate`."""
     parts = []
     if result["cases"]:
         parts.append(_principal_markdown(result))
@@ -439,13 +571,16 @@ def _memory(case: Case) -> str:
     return " → ".join(f"{size / 2**20:,.0f}" for size in sizes if size is not None) or MISSING
 
 
-def replace_between_markers(text: str, table: str) -> str:
-    """The text with whatever stands between the benchmark's markers replaced."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{BEGIN} … {END} is missing")
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+def replace_sections(text: str, sections: dict[str, str]) -> str:
+    """The text with whatever stands between the markers of each section replaced."""
+    for name, table in sections.items():
+        first, last = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        before, begin, rest = text.partition(first)
+        _, end, after = rest.partition(last)
+        if not begin or not end:
+            raise ValueError(f"{first} … {last} is missing")
+        text = f"{before}{first}\n{table}\n{last}{after}"
+    return text
 
 
 # ---- the plot --------------------------------------------------------------------------------
