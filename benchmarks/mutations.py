@@ -81,6 +81,14 @@ CHECK = "csrc/check.c"
 SELECT = "csrc/select.c"
 TOPK = "csrc/topk.c"
 DRIFT = "csrc/drift.c"
+SLICES = "csrc/slices.h"
+PHASES = "csrc/phases.c"
+GATHERED = "csrc/gathered.h"
+GATHERED_LOOPS = "csrc/gathered.c"
+SPARSE = "python/opdc/_gathered.py"
+PHASES_PYTHON = "python/opdc/_phases.py"
+PROJECTED = "python/opdc/_projected.py"
+HEAD = "python/opdc/_head.py"
 OPERATORS = "python/opdc/_ops.py"
 ARGUMENTS = "python/opdc/_arguments.py"
 FUNCTIONS = "python/opdc/functional.py"
@@ -90,6 +98,12 @@ SCHEDULES = "python/opdc/schedules.py"
 SAMPLERS = "python/opdc/sampling.py"
 GENERATION = "python/opdc/hf/generation.py"
 TRANSCRIPT = "python/opdc/hf/transcript.py"
+
+PARALLEL = "test_vocabulary_parallel.py"
+NEAR_SHARDS = f"{PARALLEL}::test_hazard_10_and_12_shards_are_as_near_to_the_truth_as_the_whole"
+UNDEFINED_SHARDS = f"{PARALLEL}::test_hazard_04_undefined_rows_are_undefined_everywhere_and_alone"
+FROM_HIDDEN = "test_projection.py"
+ALL_GATHERED = "test_gathered.py"
 
 MUTATIONS = (
     # ------------------------------------------------------------- formulas
@@ -368,7 +382,9 @@ MUTATIONS = (
     Mutation(
         "empty_sequences_counted", REDUCE, "sequences += here > 0;", "sequences++;", (REDUCTIONS,)
     ),
-    Mutation("weights_ignored", REDUCE, "view_number(&at->weights, i, 1) *", "1.0 *", (REDUCTIONS,)),
+    Mutation(
+        "weights_ignored", REDUCE, "view_number(&at->weights, i, 1) *", "1.0 *", (REDUCTIONS,)
+    ),
     Mutation(
         "weights_in_the_metrics",
         REDUCE,
@@ -651,8 +667,8 @@ MUTATIONS = (
     Mutation(
         "excluded_token_joins_the_support",
         SUPPORT,
-        "!has_id(to, count, input->token) &&\n      load_element(input->teacher, call->teacher_type, "
-        "input->token) != -INFINITY)",
+        "!has_id(to, count, input->token) &&\n      "
+        "load_element(input->teacher, call->teacher_type, input->token) != -INFINITY)",
         "!has_id(to, count, input->token))",
         (f"{ALL_SUPPORT}::test_a_token_that_the_teacher_excludes_does_not_join_the_support",),
     ),
@@ -1324,6 +1340,300 @@ MUTATIONS = (
         "self._reading_teacher()",
         (GENERATING,),
     ),
+    # ------------------------------------------------------------- hidden states and processes
+    Mutation(
+        "slice_counts_its_ids_from_zero",
+        SLICES,
+        "of.index += (double)call->first;",
+        "of.index += 0 * (double)call->first;",
+        (C_TESTS,),
+    ),
+    Mutation(
+        "slice_lists_local_ids",
+        SLICES,
+        "to[i].id = (double)(found[i].id + call->first);",
+        "to[i].id = (double)found[i].id;",
+        (C_TESTS,),
+    ),
+    Mutation(
+        "teacher_at_top_of_the_first_slice",
+        SLICES,
+        "if (part_of(all, i)->student.index == out->student.index)",
+        "if (i == 0)",
+        (C_TESTS,),
+    ),
+    Mutation(
+        "slices_leave_the_excess_out",
+        SLICES,
+        "total.excess += sums.excess;",
+        "total.excess = sums.excess;",
+        (NEAR_SHARDS,),
+    ),
+    Mutation(
+        "slices_forget_the_others",
+        SLICES,
+        "total.others += sums.others;",
+        "total.others = sums.others;",
+        (C_TESTS,),
+    ),
+    Mutation(
+        "tail_of_one_slice",
+        SLICES,
+        "combine_masses_of(call, input, all, &outside);",
+        "combine_masses_of(call, input, &(slice_set){all->parts, 1, all->stride}, &outside);",
+        (C_TESTS,),
+    ),
+    Mutation(
+        "slices_rank_by_the_other_model",
+        SLICES,
+        "call->support == OPDC_STUDENT ? by_student : by_teacher",
+        "call->support == OPDC_STUDENT ? by_teacher : by_student",
+        (C_TESTS,),
+    ),
+    Mutation(
+        "unranked_slice_is_skipped",
+        SLICES,
+        "if (part_of(all, i)->unranked != 0) return -1;",
+        "if (part_of(all, i)->unranked < 0) return -1;",
+        (UNDEFINED_SHARDS,),
+    ),
+    Mutation(
+        "mixture_top_with_its_own_mass",
+        MIXTURE,
+        "(sums.top * rest - sums.others) / (1 + rest)",
+        "(sums.top - sums.others) / (1 + rest)",
+        (C_TESTS,),
+    ),
+    Mutation(
+        "entries_stay_global",
+        PHASES,
+        "entry.id -= call->first;",
+        "entry.id -= 0;",
+        (C_TESTS,),
+    ),
+    Mutation(
+        "padding_of_the_last_slice_counts",
+        CALL,
+        "here = left < width ? left : width;",
+        "here = width;",
+        (f"{PARALLEL}::test_shards_give_the_loss_of_the_whole_vocabulary",),
+    ),
+    Mutation(
+        "dominant_id_is_not_finished",
+        PHASES,
+        "!(from->student.rest < 1) ||",
+        "from->student.rest < 1 ||",
+        (NEAR_SHARDS,),
+    ),
+    Mutation(
+        "hidden_gradient_of_one_rank",
+        PHASES_PYTHON,
+        "dist.all_reduce(total, group=ctx.group)",
+        "pass",
+        (f"{PARALLEL}::test_a_head_that_is_split",),
+    ),
+    Mutation(
+        "ranks_draw_their_own_uniforms",
+        PHASES_PYTHON,
+        "shard.share(uniforms)",
+        "uniforms.clone()",
+        (f"{PARALLEL}::test_numbers_drawn_by_one_process_decide_for_all",),
+    ),
+    Mutation(
+        "refusal_is_kept_to_oneself",
+        PHASES_PYTHON,
+        "if error is not None and not self.is_over:",
+        "if error is not None and self.is_over:",
+        (f"{PARALLEL}::test_bad_input_is_an_error_on_every_rank_and_the_group_goes_on",),
+    ),
+    Mutation(
+        "positions_measured_apart_settle_apart",
+        PROJECTED,
+        'return bool(call.settings[_DISCOUNT] != 0) or call.method.startswith("reopold")',
+        "return bool(call.settings[_DISCOUNT] != 0)",
+        (f"{FROM_HIDDEN}::test_chunks_do_not_change_the_numbers",),
+    ),
+    Mutation(
+        "mean_of_the_last_chunk",
+        PROJECTED,
+        "settings[-1] = work.positions.count",
+        "settings[-1] = work.rows_of_chunk",
+        (f"{FROM_HIDDEN}::test_chunks_do_not_change_the_numbers",),
+    ),
+    Mutation(
+        "sequences_without_their_share",
+        PROJECTED,
+        "share = 1 / active.double()[sequence]",
+        "share = torch.ones(len(sequence), dtype=torch.float64)",
+        (f"{FROM_HIDDEN}::test_reduction_mask_weights",),
+    ),
+    Mutation(
+        "head_gradient_of_the_last_chunk",
+        HEAD,
+        "of_weight[: self.vocabulary].addmm_(gradient.T, rows, beta=self.started)",
+        "of_weight[: self.vocabulary].addmm_(gradient.T, rows, beta=0)",
+        (f"{FROM_HIDDEN}::test_chunks_do_not_change_the_numbers",),
+    ),
+    Mutation(
+        "padding_rows_of_the_head_gradient",
+        HEAD,
+        "factors.of_weight[start:] = 0",
+        "factors.of_weight[start + 1 :] = 0",
+        (f"{FROM_HIDDEN}::test_hazard_16_valid_vocabulary_is_the_first_rows_of_both_heads",),
+    ),
+    Mutation(
+        "softcap_without_its_derivative",
+        HEAD,
+        "value=-1 / self.softcap**2",
+        "value=0",
+        (f"{FROM_HIDDEN}::test_scale_softcap_bias_and_adapter",),
+    ),
+    Mutation(
+        "gathered_dot_drops_the_rest_of_a_row",
+        GATHERED,
+        "load_rest(element_address(rows[r], type, first), type, width - first)",
+        "group_of(0)",
+        (C_TESTS, f"{ALL_GATHERED}::test_hazard_22_logits_of_any_dtypes"),
+    ),
+    Mutation(
+        "gathered_rest_of_a_sum_from_another_row",
+        GATHERED,
+        "lane_store(to, lane_fma(factor[r], rest.part[part], lane_load(to)));",
+        "lane_store(to, lane_fma(factor[0], rest.part[part], lane_load(to)));",
+        (C_TESTS, f"{ALL_GATHERED}::test_hazard_22_gradients_of_any_dtypes"),
+    ),
+    Mutation(
+        "gathered_row_is_padded_by_what_was_there",
+        GATHERED,
+        "numbers[i] = 0;",
+        "(void)numbers[i];",
+        (f"{ALL_GATHERED}::test_hazard_22_logits_of_any_dtypes",),  # gather pads by -inf: 0 * -inf
+    ),
+    Mutation(
+        "gathered_missing_id_has_a_logit_of_0",
+        GATHERED_LOOPS,
+        "store_element(logits, at->logits.type, slot, -(double)INFINITY);",
+        "store_element(logits, at->logits.type, slot, 0);",
+        (C_TESTS, f"{ALL_GATHERED}::test_hazard_22_logits_of_any_dtypes"),
+    ),
+    Mutation(
+        "gathered_missing_id_hides_nan",
+        GATHERED_LOOPS,
+        "missing += 0 * load_element(upstream, at->logits.type, slot);",
+        "missing += 0;",
+        (
+            f"{ALL_GATHERED}::test_a_missing_id_stands_for_a_row_of_zeros",
+            f"{ALL_GATHERED}::test_hazard_04_an_undefined_position_spoils_its_own_gradient_and_the_heads",
+        ),
+    ),
+    Mutation(
+        "gathered_bias_of_the_slot_instead_of_the_id",
+        GATHERED_LOOPS,
+        "load_element(at->bias.data, at->bias.type, named.ids[i])",
+        "load_element(at->bias.data, at->bias.type, named.slots[i])",
+        (C_TESTS, f"{ALL_GATHERED}::test_hazard_22_logits_of_any_dtypes"),
+    ),
+    Mutation(
+        "gathered_hidden_state_of_the_first_piece_only",
+        GATHERED_LOOPS,
+        "if (named.count > 0 && !is_read) {",
+        "if (slot < 0 && !is_read) {",
+        (C_TESTS, f"{ALL_GATHERED}::test_more_slots_than_are_worked_on_at_a_time"),
+    ),
+    Mutation(
+        "gathered_id_beyond_is_read",
+        GATHERED_LOOPS,
+        "if (id >= out->vocabulary)",
+        "if (id > out->vocabulary)",
+        (
+            C_TESTS,
+            f"{ALL_GATHERED}::test_hazard_08_wrong_logits_are_refused_before_anything_is_written",
+        ),
+    ),
+    Mutation(
+        "gathered_rows_twice",
+        GATHERED_LOOPS,
+        "if (id <= last || id >= at->vocabulary)",
+        "if (id < last || id >= at->vocabulary)",
+        (f"{ALL_GATHERED}::test_hazard_08_wrong_gradients_are_refused_before_anything_is_written",),
+    ),
+    Mutation(
+        "gathered_all_rows_written_as_some",
+        GATHERED_LOOPS,
+        "gradient->tensor->shape[0] == at->vocabulary ? rows[index] : index",
+        "gradient->tensor->shape[0] == at->vocabulary + 1 ? rows[index] : index",
+        (f"{ALL_GATHERED}::test_gradients_of_all_rows_leave_the_others_alone",),
+    ),
+    Mutation(
+        "gathered_factor_of_the_first_slot",
+        GATHERED_LOOPS,
+        "at->factors[next] = load_element(upstream, at->logits.type, slot);",
+        "at->factors[next] = load_element(upstream, at->logits.type, 0);",
+        (C_TESTS, f"{ALL_GATHERED}::test_hazard_22_gradients_of_any_dtypes"),
+    ),
+    Mutation(
+        "gathered_gradient_keeps_the_sums_of_the_last_row",
+        GATHERED_LOOPS,
+        "      fill_row(at, 0, sums);\n",
+        "",
+        (C_TESTS, f"{ALL_GATHERED}::test_hazard_22_gradients_of_any_dtypes"),
+    ),
+    Mutation(
+        "gathered_narrow_gradient_of_doubles",
+        GATHERED_LOOPS,
+        "if (out->type == dtype_f64 && !at->is_double)",
+        "if (0)",
+        (f"{ALL_GATHERED}::test_hazard_08_wrong_gradients_are_refused_before_anything_is_written",),
+    ),
+    Mutation(
+        "sparse_head_reads_inactive_positions",
+        SPARSE,
+        "& (logprobs != -math.inf) & active[..., None]",
+        "& (logprobs != -math.inf)",
+        (f"{ALL_GATHERED}::test_hazard_05_inactive_positions_are_never_read",),
+    ),
+    Mutation(
+        "sparse_head_reads_slots_without_mass",
+        SPARSE,
+        "& (logprobs != -math.inf) & active[..., None]",
+        "& active[..., None]",
+        (f"{ALL_GATHERED}::test_rows_of_the_head_that_no_id_names_are_never_read",),
+    ),
+    Mutation(
+        "sparse_head_token_stands_in_two_places",
+        SPARSE,
+        "places = is_token.int().argmax(-1).where(is_slot, slots)",
+        "places = is_token.int().argmax(-1) * 0 + slots",
+        (f"{ALL_GATHERED}::test_value_gradients_and_metrics_of_all_logits",),
+    ),
+    Mutation(
+        "sparse_head_evaluates_a_share_of_nothing",
+        SPARSE,
+        "if checked.settings[-1] == 0:",
+        "if checked.settings[-1] == -1:",
+        (f"{ALL_GATHERED}::test_hazard_06_nothing_active",),
+    ),
+    Mutation(
+        "sparse_head_is_not_checked",
+        SPARSE,
+        "    checked.check(value, rows, None)\n",
+        "",
+        (f"{ALL_GATHERED}::test_hazard_08_wrong_calls_are_refused_as_with_logits",),
+    ),
+    Mutation(
+        "sparse_head_without_softcap",
+        SPARSE,
+        "found = softcap * torch.tanh(found / softcap)",
+        "found = softcap * torch.tanh(found)",
+        (f"{ALL_GATHERED}::test_value_gradients_and_metrics_of_all_logits",),
+    ),
+    Mutation(
+        "sparse_head_without_adapter",
+        SPARSE,
+        "found = found + _dots(sparse, *adapter, None, here).to(found.dtype)",
+        "found = found * 1.0",
+        (f"{ALL_GATHERED}::test_value_gradients_and_metrics_of_all_logits",),
+    ),
 )
 
 
@@ -1384,7 +1694,7 @@ class Project:
         if C_TESTS in tests:
             commands.append([str(self.build_folder / "test_core")])
         if files := [f"tests/{name}" for name in tests if name != C_TESTS]:
-            pytest = ["-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-k"]
+            pytest = ["-m", "pytest", "-n0", "-xq", "--tb=no", "-p", "no:cacheprovider", "-k"]
             # Compilers take minutes and see nothing of what a fault changes.
             selected = "not inductor and not test_compile"
             commands.append([sys.executable, *pytest, selected, *files])

@@ -31,8 +31,9 @@
  *              OpenMP team of the call; the result does not depend on it, nor on strides,
  *              alignment, other rows or the instruction set: same bits.
  *   memory     Each thread uses less than 64 KiB of stack. A gradient takes one row of V numbers of
- *              the arithmetic for each thread besides, a support the candidates for it, for the
- * time of the call; nothing else is allocated.
+ *              the arithmetic for each thread besides, a support the candidates for it, samplers
+ *              and the sparse head what they say, for the time of the call; nothing else is
+ *              allocated.
  */
 #ifndef OPDC_H
 #define OPDC_H
