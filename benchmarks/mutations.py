@@ -86,7 +86,7 @@ PHASES = "csrc/phases.c"
 GATHERED = "csrc/gathered.h"
 GATHERED_LOOPS = "csrc/gathered.c"
 SPARSE = "python/opdc/_gathered.py"
-PHASES_PYTHON = "python/opdc/_phases.py"
+RANKS = "python/opdc/_ranks.py"
 PROJECTED = "python/opdc/_projected.py"
 HEAD = "python/opdc/_head.py"
 OPERATORS = "python/opdc/_ops.py"
@@ -1081,7 +1081,7 @@ MUTATIONS = (
     Mutation(
         "teacher_overwritten_inplace",
         OPERATORS,
-        "if teacher is not None and _share_memory(student, teacher):",
+        "if _share_memory(student, teacher):",
         "if False:",
         (BOUNDARY,),
     ),
@@ -1427,23 +1427,23 @@ MUTATIONS = (
     ),
     Mutation(
         "hidden_gradient_of_one_rank",
-        PHASES_PYTHON,
+        RANKS,
         "dist.all_reduce(total, group=ctx.group)",
         "pass",
         (f"{PARALLEL}::test_a_head_that_is_split",),
     ),
     Mutation(
         "ranks_draw_their_own_uniforms",
-        PHASES_PYTHON,
+        RANKS,
         "shard.share(uniforms)",
         "uniforms.clone()",
         (f"{PARALLEL}::test_numbers_drawn_by_one_process_decide_for_all",),
     ),
     Mutation(
         "refusal_is_kept_to_oneself",
-        PHASES_PYTHON,
-        "if error is not None and not self.is_over:",
-        "if error is not None and self.is_over:",
+        RANKS,
+        "if isinstance(error, Exception) and not self.is_over:",
+        "if isinstance(error, Exception) and self.is_over:",
         (f"{PARALLEL}::test_bad_input_is_an_error_on_every_rank_and_the_group_goes_on",),
     ),
     Mutation(

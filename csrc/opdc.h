@@ -227,16 +227,15 @@ opdc_status opdc_gradient(const opdc_call *call, const DLTensor *rows, const DLT
  * checks its own arguments before it writes. */
 typedef struct opdc_slice {
   int64_t first, vocabulary;
-  int64_t count;         /* of the slices whose parts come together */
-  int with_metrics;      /* whether opdc_settle will be asked for them; in all phases the same */
-  const DLTensor *parts; /* (N, C) float64, contiguous; to be combined (count N, C), slice by slice;
-                            C of opdc_slice_columns */
-  const DLTensor *rows;  /* (N, OPDC_ROW) float64, contiguous */
-  const DLTensor *entries; /* (N, 4 (k + 1)) float64, contiguous: the support; NULL without one */
+  int64_t count;           /* of the slices whose parts come together */
+  int with_metrics;        /* whether opdc_settle will be asked for them; in all phases the same */
+  const DLTensor *parts;   /* (N, C), to be combined (count N, C), slice by slice; C columns of
+                              opdc_slice_columns, the second time OPDC_PART */
+  const DLTensor *rows;    /* (N, OPDC_ROW) */
+  const DLTensor *entries; /* (N, 4 (k + 1)): the support; NULL without one */
+  const DLTensor *sums;    /* (N, 1): of the gradient of each row but for its largest id */
   const DLTensor *value, *metrics;     /* as of opdc_loss; metrics may be NULL */
-  const DLTensor *upstream, *gradient; /* as of opdc_gradient */
-  const DLTensor
-      *sums; /* (N, 1) float64, contiguous: of each gradient row without its largest id */
+  const DLTensor *upstream, *gradient; /* as of opdc_gradient; all others are float64, contiguous */
 } opdc_slice;
 
 #define OPDC_PART 15 /* numbers of a part, before its list of ids; those of the second look */
@@ -346,10 +345,12 @@ opdc_status opdc_drift_gate(const DLTensor *logprobs, const DLTensor *old_logpro
  * rows of the head that the ids name. No other row of the head is read, and nothing of the size of
  * the vocabulary exists for a position.
  *
- *   hidden  (..., H);  weight (V, H), rows of any stride;  bias (V,) or NULL; of any floating
- * dtypes ids     (..., K) int64 or int32, below V; below 0: none. An id may come twice logits (...,
- * K), float64 where hidden or weight is, else float32: the dtype of the arithmetic; h . W[id] +
- * b[id]; -inf where there is no id
+ *   hidden  (..., H), any floating dtype
+ *   weight  (V, H), any floating dtype, rows of any stride
+ *   bias    (V,), any floating dtype, or NULL
+ *   ids     (..., K) int64 or int32, below V; below 0: none. An id may come twice
+ *   logits  (..., K), dtype of the arithmetic (float64 where hidden or weight is, else float32):
+ *           h . W[id] + b[id]; -inf where there is no id
  *
  * A position without any id is not read. NaN and infinity go where the arithmetic takes them. N, H,
  * K and V may be 0. For the time of the call each thread has a row of H numbers. */

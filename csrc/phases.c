@@ -19,9 +19,10 @@ typedef struct phase {
 } phase;
 
 int64_t opdc_slice_columns(const opdc_call *call, int with_metrics) {
-  const int64_t listed =
-      call->support == OPDC_FULL ? 0 : call->k + (with_metrics ? call->k + 1 : 0);
-  return OPDC_PART + listed * (int64_t)(sizeof(part_entry) / sizeof(double));
+  const int64_t numbers = (int64_t)(sizeof(part_entry) / sizeof(double)), k = call->k;
+  if (call->support == OPDC_FULL) return OPDC_PART;
+  if (k < 0 || k > INT64_MAX / (4 * numbers)) return INT64_MAX; /* which no tensor has */
+  return OPDC_PART + (k + (with_metrics ? k + 1 : 0)) * numbers;
 }
 
 static double *part_at(const phase *of, int64_t slice, int64_t index) {
@@ -43,7 +44,7 @@ static opdc_status begin(const opdc_call *call, const opdc_slice *slice, int wit
 
 static opdc_status check_parts(phase *of, const opdc_slice *slice, int64_t count, int64_t columns,
                                opdc_error *error) {
-  if (count < 1)
+  if (count < 1 || (of->at.positions > 0 && count > INT64_MAX / of->at.positions))
     return fail(error, OPDC_INVALID_VALUE, "count: got %lld slices, want at least 1",
                 (long long)count);
   of->count = count;
@@ -67,7 +68,7 @@ static void run(phase *of, const opdc_call *call, int64_t cost, row_body *body) 
 }
 
 /* The support of a position in the thread's memory: of a slice the ids that are in it, counted from
- * its first one. */
+ * its first one. Whatever comes back from outside, they are ids of the slice, in order. */
 static void load_entries(const phase *of, int64_t index, workspace *work) {
   const row_call *call = &of->at.constants;
   const row *from = &of->at.rows[index];
@@ -75,8 +76,11 @@ static void load_entries(const phase *of, int64_t index, workspace *work) {
   work->count = 0;
   for (int64_t i = 0; i < of->entry_count && (double)i < from->slots; i++) {
     support_entry entry = all[i];
+    if (entry.id < call->first) continue;
     entry.id -= call->first;
-    if (entry.id >= 0 && entry.id < call->vocabulary) work->entries[work->count++] = entry;
+    if (entry.id >= call->vocabulary) continue;
+    if (work->count > 0 && entry.id <= work->entries[work->count - 1].id) continue;
+    work->entries[work->count++] = entry;
   }
 }
 
@@ -248,6 +252,7 @@ opdc_status opdc_finish_gradient(const opdc_call *call, const opdc_slice *slice,
                                  opdc_error *error) {
   phase of;
   TRY(begin_gradient(call, slice, &of, error));
+  if (!has_dominant_sum(&of.at.constants)) return OPDC_OK;
   for (int64_t i = 0; i < of.at.positions; i++) {
     const row *from = &of.at.rows[i];
     const double local = from->student.index - (double)of.at.constants.first;

@@ -151,12 +151,13 @@ static int by_teacher(const void *a, const void *b) {
 }
 
 /* What the slices list from the place `from` on, up to `room` ids each, into work->gathered. */
-static void gather_entries(const slice_set *all, int64_t from, int64_t room, workspace *work) {
+static void gather_entries(const row_call *call, const slice_set *all, int64_t from, int64_t room,
+                           workspace *work) {
   work->gathered_count = 0;
   for (int64_t i = 0; i < all->count; i++) {
     const part_entry *of = entries_after(part_of(all, i)) + from;
     for (int64_t j = 0; j < room; j++)
-      if (of[j].id >= 0)
+      if (of[j].id >= 0 && of[j].id < (double)call->vocabulary)
         work->gathered[work->gathered_count++] = (support_entry){
             .id = (int64_t)of[j].id, .student = of[j].student, .teacher = of[j].teacher};
   }
@@ -168,7 +169,7 @@ static int64_t choose_from_slices(const row_call *call, const row_input *input,
   int64_t count;
   for (int64_t i = 0; i < all->count; i++)
     if (part_of(all, i)->unranked != 0) return -1;
-  gather_entries(all, 0, call->k, work);
+  gather_entries(call, all, 0, call->k, work);
   if (input->slot_ids) {
     qsort(work->gathered, (size_t)work->gathered_count, sizeof *to, by_id);
     count = choose_slots(call, input, to);
@@ -198,7 +199,7 @@ static double overlap_of_slices(const row_call *call, const slice_set *all, cons
   int64_t common = 0;
   if (work->count == 0) return 0;
   if (of->student.rest != of->student.rest) return NAN;
-  gather_entries(all, call->k, call->k + 1, work);
+  gather_entries(call, all, call->k, call->k + 1, work);
   qsort(work->gathered, (size_t)work->gathered_count, sizeof *work->gathered, by_student);
   for (int64_t i = 0; i < work->count && i < work->gathered_count; i++)
     common += bsearch(&work->gathered[i], work->entries, (size_t)work->count, sizeof *work->entries,

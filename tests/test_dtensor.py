@@ -505,6 +505,19 @@ def test_what_is_refused_on_meshes_of_four(name, words):
 # ----------------------------------------------------------------- imports
 
 
+def replicas_that_draw(group):
+    torch.manual_seed(dist.get_rank(group))
+    student, teacher = torch.randn(2, 40, 9, generator=torch.Generator().manual_seed(5)).unbind()
+    mesh = mesh_of(group, 1)
+    whole = [spread(x, mesh, (REPLICATE,)) for x in (student, teacher)]
+    return opdc.tropd(*whole, torch.arange(40) % 9, k=3, reduction="none").to_local()
+
+
+def test_replicas_draw_the_same_numbers():
+    first, second = on_ranks(2, replicas_that_draw)
+    assert torch.equal(first, second)
+
+
 def test_import_stays_light():
     """What no plain call needs is not loaded."""
     program = (

@@ -220,7 +220,7 @@ def test_hazard_23_losses_leave_nothing_behind():
     before = live()
     for _ in range(5):
         run()
-    assert live() == before
+    assert live() <= before  # what other tests left may go meanwhile
     loss = opdc.reverse_kl(student, teacher)
     gone = weakref.ref(loss)
     del loss

@@ -685,6 +685,60 @@ BAD = {
     ),
     "a mask of the wrong shape on one rank": ({1: {"mask": torch.ones(5).bool()}}, "k2", ("mask",)),
     "k beyond the vocabulary": (everywhere({"k": 21}), "aopd", ("21", "20")),
+    "k beyond all memory": (everywhere({"k": 10**10}), "aopd", ("10000000000", "20")),
+    "masks of other positions": (
+        {r: {"mask": torch.arange(6) != r} for r in range(2)},
+        "reverse_kl",
+        ("rank", "mask"),
+    ),
+    "other normalisations": (
+        {r: {"support": "teacher", "k": 3, "normalize": n} for r, n in enumerate(("none", "tail"))},
+        "reverse_kl",
+        ("rank", "normalize"),
+    ),
+    "an argument that one rank refuses by itself": (
+        {1: {"support": "teacher", "k": 3}},
+        "reverse_kl",
+        ("normalize",),
+    ),
+    "a head that does not fit on one rank": (
+        {1: {"teacher": opdc.Projection(torch.zeros(6, 3), torch.zeros(10, 4))}},
+        "reverse_kl",
+        ("teacher.weight",),
+    ),
+    "hidden states beside logits": (
+        {1: {"student": opdc.Projection(torch.zeros(6, 3), torch.zeros(10, 3))}},
+        "reverse_kl",
+        ("rank", "models"),
+    ),
+    "other scales": (
+        {
+            r: {"student": opdc.Projection(torch.zeros(6, 3), torch.zeros(10, 3), scale=1.0 + r)}
+            for r in range(2)
+        },
+        "reverse_kl",
+        ("rank", "scale"),
+    ),
+    "hidden states that are frozen on one rank": (
+        {
+            r: {
+                "student": opdc.Projection(torch.zeros(6, 3, requires_grad=r == 0), LOGITS.T[:, :3])
+            }
+            for r in range(2)
+        },
+        "reverse_kl",
+        ("rank", "gradients"),
+    ),
+    "a bfloat16 shard": (
+        {1: {"student": LOGITS.bfloat16(), "reduction": "none"}, 0: {"reduction": "none"}},
+        "reverse_kl",
+        ("rank", "dtypes"),
+    ),
+    "inplace over the teacher": (
+        everywhere({"student": LOGITS, "teacher": LOGITS, "inplace": True}),
+        "reverse_kl",
+        ("overwrite the teacher",),
+    ),
 }
 
 
@@ -704,6 +758,69 @@ def test_bad_input_of_four_processes_names_the_rank():
     results = on_ranks(4, raising, {2: {"student": LOGITS[:4], "teacher": LOGITS[:4]}})
     for raised, _ in results:
         assert "rank" in raised.text and "[6, 6, 4, 6]" in raised.text
+
+
+def head_of_a_rank(group, dtype, *, teacher_rows=5):
+    """A Projection of 5 ids a rank whose gradients nearly cancel in the hidden states' sum."""
+    rank = dist.get_rank(group)
+    generator = torch.Generator().manual_seed(7)
+    hidden = torch.randn(6, 4, generator=generator).to(dtype).requires_grad_()
+    weight = 30 * torch.randn(10, 4, generator=generator)
+    teacher = torch.randn(6, 10, generator=generator)
+    mine = slice(5 * rank, 5 * rank + 5)
+    return hidden, weight[mine].to(dtype), teacher[:, mine], (weight.to(dtype), teacher)
+
+
+def rounded_after_the_sum(group):
+    hidden, weight, teacher, whole = head_of_a_rank(group, torch.bfloat16)
+    found = []
+    for head, logits, among in ((weight, teacher, group), (*whole, None)):
+        hidden.grad = None
+        student = opdc.Projection(hidden, head)
+        opdc.reverse_kl(student, logits, process_group=among).backward()
+        found.append(hidden.grad.float())
+    return found
+
+
+def test_hazard_10_the_gradient_of_hidden_states_is_rounded_when_the_ranks_are_summed():
+    for shards, whole in on_ranks(2, rounded_after_the_sum):
+        assert (shards - whole).abs().max() <= 2**-8 * whole.abs().max()
+        assert torch.allclose(shards, whole, rtol=2**-7, atol=1e-6 * whole.abs().max().item())
+
+
+def penalised(group, reduction):
+    hidden, weight, teacher, _ = head_of_a_rank(group, torch.float32)
+    value = opdc.reverse_kl(
+        opdc.Projection(hidden, weight), teacher, reduction=reduction, process_group=group
+    ).sum()
+    [gradient] = torch.autograd.grad(value, hidden, create_graph=True)
+    gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_hazard_20_second_derivatives_are_refused(reduction):
+    for raised in attempt(2, penalised, reduction):
+        assert raised.type is RuntimeError and "second derivatives" in raised.text
+
+
+def heads_of_other_padding(group):
+    """Beyond valid_vocab = 10 the heads of the last rank end at different ids."""
+    rank = dist.get_rank(group)
+    hidden, weight, _, (whole, _) = head_of_a_rank(group, torch.float64)
+    pad = torch.nn.functional.pad
+    student = opdc.Projection(hidden, pad(weight, (0, 0, 0, 1)) if rank == 1 else weight)
+    teacher = opdc.Projection(hidden.detach().flip(0), weight)
+    shards = opdc.reverse_kl(student, teacher, valid_vocab=10, process_group=group)
+    shards.backward()
+    of_shards, hidden.grad = hidden.grad, None
+    teacher = opdc.Projection(hidden.detach().flip(0), whole)
+    value = opdc.reverse_kl(opdc.Projection(hidden, whole), teacher)
+    value.backward()
+    return shards.item() - value.item(), (of_shards - hidden.grad).abs().max().item()
+
+
+def test_heads_may_be_padded_differently():
+    assert max(abs(x) for result in on_ranks(2, heads_of_other_padding) for x in result) < 1e-12
 
 
 def not_a_group(group, student):

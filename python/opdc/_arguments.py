@@ -6,10 +6,11 @@ ids, it checks itself.
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from .projection import Projection
 from .support import TopK
 
 if TYPE_CHECKING:
-    from ._phases import Meeting
+    from ._ranks import Meeting
 
 # Tensor, or (Tensor, dict[str, Tensor]) with return_metrics=True. A union would make every caller
 # of a type checker take it apart.
@@ -28,6 +29,8 @@ Loss: TypeAlias = Any
 
 Logits: TypeAlias = Tensor | Projection
 Teacher: TypeAlias = Tensor | Projection | TopK
+_Parameters = ParamSpec("_Parameters")
+
 Tensors: TypeAlias = dict[str, Tensor | Projection | None]  # a Projection only as "teacher"
 
 
@@ -37,16 +40,37 @@ def evaluate(
     student: Logits,
     tensors: Mapping[str, Tensor | Projection | None] | None = None,
     *,
-    process_group: ProcessGroup | None = None,
+    process_group: ProcessGroup | Meeting | None = None,
     **keywords: Any,
 ) -> Loss:
     """The loss `method` with its own tensors, integers and settings, and the common arguments."""
     if process_group is None:
         return _evaluate(method, student, tensors, **keywords)
-    from . import _phases
-
-    with _phases.Meeting(process_group) as meeting:
+    with _meeting(process_group) as meeting:
         return _evaluate(method, student, tensors, meeting=meeting, **keywords)
+
+
+def _meeting(process_group: ProcessGroup | Meeting) -> Meeting:
+    from . import _ranks
+
+    if isinstance(process_group, _ranks.Meeting):
+        return process_group
+    return _ranks.Meeting(process_group)
+
+
+def together(function: Callable[_Parameters, Loss]) -> Callable[_Parameters, Loss]:
+    """A public loss whose ranks, with a process_group, hear of whatever one of them raises."""
+
+    @functools.wraps(function)
+    def loss(*arguments: _Parameters.args, **keywords: _Parameters.kwargs) -> Loss:
+        group: Any = keywords.get("process_group")
+        if group is None:
+            return function(*arguments, **keywords)
+        with _meeting(group) as meeting:
+            keywords["process_group"] = meeting
+            return function(*arguments, **keywords)
+
+    return loss
 
 
 def _evaluate(

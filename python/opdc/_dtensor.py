@@ -353,6 +353,8 @@ def _evaluate(
         shares.number = _items(local["mask"], local_student, reduction) if counted else 0
     if counted:
         num_items = shares.number
+    if local.get("uniforms") is not None:
+        local["uniforms"] = _of_first(local["uniforms"], layout)
     with _Agreement(layout.position_groups) as result:
         value = function(
             method,
@@ -389,6 +391,15 @@ def _evaluate(
     for position_group in layout.position_groups:
         metrics = _metrics.all_reduce(metrics, position_group)
     return value, metrics
+
+
+def _of_first(uniforms: Any, layout: _Layout) -> Tensor:
+    """Replicas decide alike: by the numbers of the first. (A split vocabulary sees to itself.)"""
+    shared: Tensor = uniforms.contiguous().clone()
+    for dimension in range(layout.mesh.ndim):
+        if dimension not in layout.axes and dimension != layout.vocabulary and shared.numel():
+            dist.broadcast(shared, group=layout.mesh.get_group(dimension), group_src=0)
+    return shared
 
 
 def _local(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 8 << 20  # of a head that is converted to the dtype of the arithmetic
+BLOCK_BYTES = 8 << 20  # of a head that is worked on at a time, in the dtype of the arithmetic
 
 
 class Positions:
@@ -170,6 +170,16 @@ class Head:
             if factors.of_inputs is not None and positions.count < positions.total:
                 factors.of_inputs.zero_()
 
+    def _is_large(self, weight: Tensor) -> bool:
+        """Whether it takes several blocks."""
+        return self._block_rows(weight) < self.vocabulary
+
+    @property
+    def _longest_product(self) -> int:
+        weights = (factors.weight for factors in self.factors)
+        large = (self._block_rows(weight) for weight in weights if self._is_large(weight))
+        return max(large, default=0)
+
     def _block_rows(self, weight: Tensor) -> int:
         """How many ids are converted at a time."""
         row = max(weight.shape[1] * self.dtype.itemsize, 1)
@@ -186,7 +196,8 @@ class Head:
     def position_bytes(self) -> int:
         logits = 2 if self.softcap else 1  # even if no gradient is wanted in this call yet
         widths = sum(factors.inputs.shape[-1] for factors in self.factors)
-        return (logits * self.vocabulary + 2 * widths) * self.dtype.itemsize
+        numbers = logits * self.vocabulary + 3 * widths + self._longest_product
+        return numbers * self.dtype.itemsize
 
     def allocate(self, rows: int) -> None:
         shape = (rows, self.vocabulary)
@@ -195,17 +206,24 @@ class Head:
         separate = self.softcap and self.with_gradient
         self.gradient_buffer = torch.empty(shape, dtype=self.dtype) if separate else self.buffer
         self.block = torch.empty(self.fixed_bytes // self.dtype.itemsize, dtype=self.dtype)
+        self.products = torch.empty(self._longest_product * rows, dtype=self.dtype)
 
-    def _blocks(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """The rows of a weight in the dtype of the arithmetic: as they are, or by blocks."""
+    def _whole(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """A weight in the dtype of the arithmetic: as it is, or by blocks."""
         if weight.dtype is self.dtype:
             yield slice(None), weight
-            return
+        else:
+            yield from self._blocks(weight)
+
+    def _blocks(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The rows of a weight in the dtype of the arithmetic, some at a time."""
         length = self._block_rows(weight)
         for start in range(0, max(self.vocabulary, 1), max(length, 1)):  # none is one empty block
             ids = slice(start, min(start + length, self.vocabulary))
             rows = weight[ids]
-            yield ids, self.block[: rows.numel()].view(rows.shape).copy_(rows)
+            if rows.dtype is not self.dtype:
+                rows = self.block[: rows.numel()].view(rows.shape).copy_(rows)
+            yield ids, rows
 
     def _scaled_rows(self, inputs: Tensor, start: int, stop: int, scale: float) -> Tensor:
         rows = self.positions.rows(inputs, start, stop).to(self.dtype)
@@ -218,8 +236,17 @@ class Head:
             logits.copy_(self.bias)
         for inputs, weight, _, _ in self.factors:
             rows = self._scaled_rows(inputs, start, stop, self.inner)
+            columns = rows.T.contiguous()
             for ids, block in self._blocks(weight):
-                logits[:, ids].addmm_(rows, block.T, beta=add)
+                to = logits[:, ids]
+                if not self._is_large(weight):
+                    to.addmm_(rows, block.T, beta=add)
+                    continue
+                # W hᵀ, not h Wᵀ: of few positions and many ids the product would rearrange all of W
+                # first, which takes a third of its time.
+                product = self.products[: len(block) * len(rows)].view(len(block), len(rows))
+                torch.mm(block, columns, out=product)
+                (to.add_ if add else to.copy_)(product.T)
             add = True
         return logits.tanh_().mul_(self.softcap) if self.softcap else logits
 
@@ -240,7 +267,7 @@ class Head:
                     if in_place
                     else of_inputs.new_empty((stop - start, inputs.shape[-1]))
                 )
-                for ids, block in self._blocks(weight):
+                for ids, block in self._whole(weight):
                     rows.addmm_(gradient[:, ids], block, beta=bool(ids.start))
                 if self.scale != 1:
                     rows.mul_(self.scale)

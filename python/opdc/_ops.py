@@ -147,17 +147,22 @@ def _loss_cpu(student: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 def _loss_inplace_cpu(student: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *call, with_metrics = arguments
     teacher = call[0]
-    if teacher is not None and _share_memory(student, teacher):
-        raise ValueError(
-            "inplace=True would overwrite the teacher, whose memory overlaps with the student's: "
-            "give teacher.clone(), or inplace=False"
-        )
+    if teacher is not None:
+        require_apart(student, teacher)
     arithmetic = _arithmetic(student, teacher)
     value, rows, metrics = _outputs(student, arithmetic, call[_REDUCTION], with_metrics)
     outputs = (value, student, rows, metrics if with_metrics else None)
     _core_loss(*_in_order(student, call), *outputs, torch.get_num_threads())
     _overwritten(student)
     return value, rows, metrics
+
+
+def require_apart(student: Tensor, teacher: Tensor) -> None:
+    if _share_memory(student, teacher):
+        raise ValueError(
+            "inplace=True would overwrite the teacher, whose memory overlaps with the student's: "
+            "give teacher.clone(), or inplace=False"
+        )
 
 
 def _share_memory(first: Tensor, second: Tensor) -> bool:
@@ -438,6 +443,8 @@ _graph_is_kept: Callable[[], bool] = getattr(
 
 def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     """upstream * gradient, in the memory of a saved gradient that nobody will ask for again."""
+    if not gradient.numel():  # e.g. of hidden states of size 0
+        return gradient
     if _differentiable_again():
         return _apply(_Scale, gradient, upstream)  # type: ignore[no-any-return]
     gradient = gradient.detach()

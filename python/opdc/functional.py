@@ -90,7 +90,8 @@ class Common(TypedDict, total=False):
     of a `Projection` `(V_rank, H)`; sizes may differ, and be 0. All else is the same on all ranks:
     positions, tokens and other ids, which count through the whole vocabulary as `valid_vocab` does,
     and a `TopK`. So are the value and the metrics that come out. The gradient of local logits
-    and of a local weight is local; that of hidden states is summed over the ranks.
+    and of a local weight is local; that of hidden states is summed over the ranks, in backward,
+    which all of them must run then. What the ranks do not agree on is an error on each of them.
     """
 
     temperature: float
@@ -124,6 +125,7 @@ class Supports:
     """
 
 
+@_arguments.together
 def reverse_kl(
     student: Logits,
     teacher: Teacher,
@@ -165,6 +167,7 @@ def reverse_kl(
     return _divergence("reverse_kl", student, teacher, support, k, normalize, tokens, **common)
 
 
+@_arguments.together
 def forward_kl(
     student: Logits,
     teacher: Teacher,
@@ -200,6 +203,7 @@ def forward_kl(
     return _divergence("forward_kl", student, teacher, support, k, normalize, tokens, **common)
 
 
+@_arguments.together
 def jsd(
     student: Logits,
     teacher: Teacher,
@@ -239,6 +243,7 @@ def jsd(
     )
 
 
+@_arguments.together
 def skew_kl(
     student: Logits,
     teacher: Logits,
@@ -278,6 +283,7 @@ def skew_kl(
     )
 
 
+@_arguments.together
 def lsm(
     student: Logits,
     teacher: Teacher,
@@ -318,6 +324,7 @@ def lsm(
     )
 
 
+@_arguments.together
 def k1(
     student: Logits,
     teacher: Teacher,
@@ -393,6 +400,7 @@ def k1(
     )
 
 
+@_arguments.together
 def k2(student: Logits, teacher: Teacher, tokens: Tensor, **common: Unpack[Common]) -> Loss:
     """`½ R²` of the sampled token, differentiated: its mean gradient is the *reverse* KL's.
 
@@ -421,6 +429,7 @@ def k2(student: Logits, teacher: Teacher, tokens: Tensor, **common: Unpack[Commo
     return _arguments.evaluate("k2", student, tensors, **common)
 
 
+@_arguments.together
 def k3(student: Logits, teacher: Teacher, tokens: Tensor, **common: Unpack[Common]) -> Loss:
     """`e^R − 1 − R` of the sampled token, differentiated: its mean gradient is the *forward* KL's.
 
@@ -450,6 +459,7 @@ def k3(student: Logits, teacher: Teacher, tokens: Tensor, **common: Unpack[Commo
     return _arguments.evaluate("k3", student, tensors, **common)
 
 
+@_arguments.together
 def tropd(
     student: Logits,
     teacher: Teacher,
@@ -540,6 +550,7 @@ def tropd(
     )
 
 
+@_arguments.together
 def eopd(
     student: Logits,
     teacher: Teacher,
@@ -600,6 +611,7 @@ def eopd(
     )
 
 
+@_arguments.together
 def reopold(
     student: Logits,
     teacher: Teacher,
@@ -661,6 +673,7 @@ def reopold(
     )
 
 
+@_arguments.together
 def aopd(
     student: Logits,
     teacher: Teacher,
@@ -705,6 +718,7 @@ def aopd(
     )
 
 
+@_arguments.together
 def token_logprobs(
     logits: Logits,
     tokens: Tensor,
@@ -740,6 +754,7 @@ def token_logprobs(
     return logprobs
 
 
+@_arguments.together
 def entropy(
     logits: Logits,
     *,
