@@ -721,10 +721,8 @@ BAD = {
     ),
     "hidden states that are frozen on one rank": (
         {
-            r: {
-                "student": opdc.Projection(torch.zeros(6, 3, requires_grad=r == 0), LOGITS.T[:, :3])
-            }
-            for r in range(2)
+            r: {"student": opdc.Projection(hidden, torch.zeros(10, 3))}
+            for r, hidden in enumerate((torch.zeros(6, 3), torch.zeros(6, 3, requires_grad=True)))
         },
         "reverse_kl",
         ("rank", "gradients"),
