@@ -1360,7 +1360,7 @@ MUTATIONS = (
         SLICES,
         "if (part_of(all, i)->student.index == out->student.index)",
         "if (i == 0)",
-        (C_TESTS,),
+        (NEAR_SHARDS,),
     ),
     Mutation(
         "slices_leave_the_excess_out",
@@ -1428,9 +1428,16 @@ MUTATIONS = (
     Mutation(
         "hidden_gradient_of_one_rank",
         RANKS,
-        "dist.all_reduce(total, group=ctx.group)",
+        "dist.all_reduce(total, group=group)",
         "pass",
         (f"{PARALLEL}::test_a_head_that_is_split",),
+    ),
+    Mutation(
+        "hidden_gradient_of_named_rows_of_one_rank",
+        RANKS,
+        "dist.all_reduce(total, group=ctx.group)",
+        "pass",
+        (f"{PARALLEL}::test_rows_of_a_head_that_is_split",),
     ),
     Mutation(
         "ranks_draw_their_own_uniforms",
