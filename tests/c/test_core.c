@@ -719,7 +719,7 @@ static void test_variant(problem *p, const variant *how) {
     if (strcmp(opdc_metric_name(i), "selected") == 0) count = p->metrics[i];
   }
 
-  if (turn++ % 3 == 0) test_slices(p, how, value, name); /* emulated processors are slow */
+  if (turn++ % 5 == 0) test_slices(p, how, value, name); /* emulated processors are slow */
 
   run(p, how, OPDC_NONE, 4, other, &error); /* the same bits for any number of threads */
   CHECK(memcmp(value, p->value, sizeof value) == 0, "%s: values with 4 threads", name);
