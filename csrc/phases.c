@@ -14,6 +14,7 @@ typedef struct phase {
   plan at;
   int64_t count, columns; /* slices; numbers of a part */
   int64_t entry_count;    /* of a position: k + 1, or 0 */
+  int again;              /* whether parts are combined for the second time */
   double *parts, *sums;
   support_entry *entries;
 } phase;
@@ -147,46 +148,38 @@ opdc_status opdc_measure_again(const opdc_call *call, const opdc_slice *slice, o
 
 static void combine_row(void *context, int64_t index, int thread) {
   const phase *of = context;
+  const row_kernels *kernels = of->at.kernels;
   workspace work = workspace_of(&of->at, thread);
   row *to = &of->at.rows[index];
   if (to->active == 0) return;
   const row_input input = input_at(&of->at, index);
   const slice_set all = {part_at(of, 0, index), of->count, of->at.positions * of->columns};
-  of->at.kernels->combine(&of->at.constants, &input, &all, to, &work);
+  if (of->again) load_entries(of, index, &work);
+  (of->again ? kernels->combine_again : kernels->combine)(&of->at.constants, &input, &all, to,
+                                                          &work);
   save_entries(of, index, &work);
 }
 
-opdc_status opdc_combine(const opdc_call *call, const opdc_slice *slice, opdc_error *error) {
+static opdc_status combine_all(const opdc_call *call, const opdc_slice *slice, int again,
+                               opdc_error *error) {
   phase of;
   TRY(begin(call, slice, 1, &of, error));
-  TRY(check_parts(&of, slice, slice->count, opdc_slice_columns(call, slice->with_metrics), error));
+  of.again = again;
+  TRY(check_parts(&of, slice, slice->count,
+                  again ? OPDC_PART : opdc_slice_columns(call, slice->with_metrics), error));
   TRY(check_entries(&of, slice, error));
-  TRY(reserve_memory(&of.at, slice->count, error));
-  activate(&of.at);
+  TRY(reserve_memory(&of.at, again ? 0 : slice->count, error));
+  if (!again) activate(&of.at);
   run(&of, call, of.count * of.columns, combine_row);
   return OPDC_OK;
 }
 
-static void combine_row_again(void *context, int64_t index, int thread) {
-  const phase *of = context;
-  workspace work = workspace_of(&of->at, thread);
-  row *to = &of->at.rows[index];
-  if (to->active == 0) return;
-  const row_input input = input_at(&of->at, index);
-  const slice_set all = {part_at(of, 0, index), of->count, of->at.positions * of->columns};
-  load_entries(of, index, &work);
-  of->at.kernels->combine_again(&of->at.constants, &input, &all, to, &work);
-  save_entries(of, index, &work);
+opdc_status opdc_combine(const opdc_call *call, const opdc_slice *slice, opdc_error *error) {
+  return combine_all(call, slice, 0, error);
 }
 
 opdc_status opdc_combine_again(const opdc_call *call, const opdc_slice *slice, opdc_error *error) {
-  phase of;
-  TRY(begin(call, slice, 1, &of, error));
-  TRY(check_parts(&of, slice, slice->count, OPDC_PART, error));
-  TRY(check_entries(&of, slice, error));
-  TRY(reserve_memory(&of.at, 0, error));
-  run(&of, call, of.count * of.columns, combine_row_again);
-  return OPDC_OK;
+  return combine_all(call, slice, 1, error);
 }
 
 opdc_status opdc_settle(const opdc_call *call, const opdc_slice *slice, opdc_error *error) {

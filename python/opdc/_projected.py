@@ -150,6 +150,10 @@ class Call:
         )
 
 
+def bits_of(needed: Sequence[bool]) -> int:
+    return sum(needs << i for i, needs in enumerate(needed))
+
+
 def _stand_in(
     given: Tensor, weight: Tensor | None, positions: Sequence[int] | None = None
 ) -> Tensor:
@@ -598,7 +602,7 @@ class _Loss(torch.autograd.Function):
         else:
             tensors = len(_ops.TENSORS) + 2
             *saved, rows = ctx.saved_tensors
-            wanted = sum(needs << i for i, needs in enumerate(needed))
+            wanted = bits_of(needed)
             call = (
                 *(*saved[:tensors], *ctx.options, *saved[tensors:]),
                 *(ctx.max_bytes, wanted, rows, upstream),
@@ -703,7 +707,7 @@ def loss(
         early = integers["reduction"] != _ops._PER_POSITION and (
             isinstance(student, Projection) or student.dtype is not torch.float16
         )
-        wanted = sum(needs << i for i, needs in enumerate(needed)) if early else 0
+        wanted = bits_of(needed) if early else 0
         value, *_, metrics = _ops._apply(_Loss, *call, wanted, with_metrics)
     return value, metrics
 

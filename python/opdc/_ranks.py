@@ -80,7 +80,7 @@ class Meeting:
         # one that is rounded must not be multiplied afterwards.
         rounded = isinstance(student, Projection) or student.dtype is torch.bfloat16
         late = integers["reduction"] == _ops._PER_POSITION and rounded and not inplace
-        bits = sum(needs << i for i, needs in enumerate(needed))
+        bits = _projected.bits_of(needed)
         value, *_, metrics = _ops._apply(
             _Loss,
             *(self, valid_vocab, bits, inplace, with_metrics),
@@ -104,8 +104,10 @@ class Meeting:
 
         rest = (method, tensors, settings, integers)
         call, needed = _projected.flat(student, *rest, 0)
-        bits = sum(needs << i for i, needs in enumerate(needed))
-        shard = self.place(Call(call[0], (*call[1:], 0)), valid_vocab, bits, False, with_metrics)
+        bits = _projected.bits_of(needed)
+        whole = Call(call[0], (*call[1:], 0))
+        self.check(whole, with_metrics)
+        shard = self.place(whole, valid_vocab, bits, False, with_metrics)
         student = summed(student, self.group)
         return _gathered.loss(student, *rest, valid_vocab, with_metrics=with_metrics, shard=shard)
 
@@ -118,8 +120,7 @@ class Meeting:
         with_metrics: bool,
         work: Work | None = None,
     ) -> Shard:
-        """The slice of this rank, when all ranks make the same call."""
-        self.check(call, with_metrics)
+        """The slice of this rank, when all ranks make the same call, which is checked."""
         same = {
             **_same(call),
             "valid_vocab": valid_vocab,
@@ -250,6 +251,12 @@ def _width(model: Any) -> int:
     return given.shape[0 if isinstance(model, Projection) else -1]
 
 
+def _total_of(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
 class _Summed(torch.autograd.Function):
     """A tensor that all ranks have the same of: each contributes to its gradient."""
 
@@ -260,9 +267,7 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        total = gradients[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
+        return _total_of(gradients[0], ctx.group), None
 
 
 def summed(projection: Projection, group: dist.ProcessGroup) -> Projection:
@@ -443,9 +448,7 @@ class _Loss(torch.autograd.Function):
 class _Total(_ops._FirstDerivative):
     @staticmethod
     def forward(gradient: Tensor, group: dist.ProcessGroup) -> Tensor:
-        total = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
+        return _total_of(gradient, group)
 
 
 # What all ranks have the same of, among the student's tensors: each contributes to its gradient.
@@ -468,7 +471,7 @@ class _Gradient(_ops._FirstDerivative):
     def forward(saved: Any, needed: list[bool], upstream: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         tensors = iter(saved.saved_tensors)
         student, *arguments = (next(tensors) if x is None else x[0] for x in saved.others)
-        arguments[-1] = sum(needs << i for i, needs in enumerate(needed))
+        arguments[-1] = _projected.bits_of(needed)
         call = Call(student, arguments)
         call.integers["k"], call.tensors["uniforms"] = saved.k, saved.uniforms
         weights = call.tensors["weights"]
