@@ -19,7 +19,7 @@ A loss reports those that it computes; for a support the distributions are read 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,30 @@ def mean(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
     count = metrics["positions"].clamp(min=1)
     untouched = ("positions", *_MINIMA, *_MAXIMA)
     return {name: x if name in untouched else x / count for name, x in metrics.items()}
+
+
+def combine(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The metrics of several micro-batches, or processes, as one: sums added, extremes compared.
+
+    A name that only some of them have counts for those.
+
+    >>> import opdc, torch
+    >>> student, teacher = torch.zeros(2, 3), torch.zeros(2, 3)
+    >>> parts = [opdc.reverse_kl(student, teacher, return_metrics=True)[1] for _ in range(3)]
+    >>> opdc.metrics.combine(parts)["positions"].item()
+    6.0
+    """
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = _joined(name, total[name], value) if name in total else value
+    return total
+
+
+def _joined(name: str, one: Tensor, other: Tensor) -> Tensor:
+    if name in _MINIMA:
+        return torch.minimum(one, other)
+    return torch.maximum(one, other) if name in _MAXIMA else one + other
 
 
 def all_reduce(
