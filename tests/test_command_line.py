@@ -167,6 +167,8 @@ def test_bench_measures_generate_alone(capsys, monkeypatch, tmp_path):
 
 def test_bench_measures_losses_from_hidden_states(capsys, monkeypatch, tmp_path):
     for package in ("trl", "liger_kernel"):
+        for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
+            monkeypatch.delitem(sys.modules, name)
         monkeypatch.setitem(sys.modules, package, None)
     readme, saved = tmp_path / "README.md", tmp_path / "bench.json"
     readme.write_text(f"before\n{markers('hidden')}\n{markers('benchmark')}\n")

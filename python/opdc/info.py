@@ -61,9 +61,9 @@ def openmp_runtimes() -> list[str]:
     return sorted(set(re.findall(r"(/\S*/lib(?:gomp|i?omp)\S*\.so\S*)", maps)))
 
 
-def collect() -> dict[str, Any]:
+def collect(trainers: bool = False) -> dict[str, Any]:
     """Everything that ``info`` prints, in a form that JSON can hold."""
-    return {
+    facts = {
         "opdc": version("opdc"),
         "instruction_set": _C.instruction_set(),
         "instruction_sets": list(_C.instruction_sets()),
@@ -75,7 +75,14 @@ def collect() -> dict[str, Any]:
         "cpu": cpu_model(),
         "cpus": usable_cpus(),
         "system": f"{platform.system()} {platform.machine()}",
+        "transformers": version("transformers"),
+        "trl": version("trl"),
     }
+    if trainers:
+        from opdc import trl
+
+        facts["trainers"] = trl.support()
+    return facts
 
 
 def lines(facts: dict[str, Any]) -> list[str]:
@@ -91,6 +98,15 @@ def lines(facts: dict[str, Any]) -> list[str]:
         ("torch", facts["torch"]),
         ("DLPack", facts["dlpack"]),
         ("Python", facts["python"]),
+        ("transformers", facts["transformers"]),
+        ("TRL", facts["trl"]),
+    ]
+    trainers = facts.get("trainers", {})
+    table += [
+        (label, f"{name}: {paths}")
+        for label, (name, paths) in zip(
+            ["opdc.trl.attach"] + [""] * len(trainers), trainers.items(), strict=False
+        )
     ]
     if len(openmp) > 1:
         table.append(
@@ -101,9 +117,14 @@ def lines(facts: dict[str, Any]) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument(
+        "--trainers",
+        action="store_true",
+        help="say which of TRL's trainers a loss can be attached to (imports them: some seconds)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    facts = collect()
+    facts = collect(arguments.trainers)
     print(json.dumps(facts, indent=2) if arguments.json else "\n".join(lines(facts)))
     return 0
