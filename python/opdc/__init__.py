@@ -9,6 +9,20 @@ PyTorch.
 >>> loss.backward()
 >>> student.grad.shape
 torch.Size([2, 5, 100])
+
+Where to find what:
+
+* `opdc.guide`: which loss, how exact, and how it gets into a training that exists already
+* `opdc.functional`: the losses, and what holds for all of them: shapes, types, reductions, errors
+* `opdc.nn`: the same as modules with one `forward`
+* `opdc.sampling`: the behaviour policies, which draw the tokens of a rollout
+* `opdc.teachers`: what an inference server sends, as a `TopK`
+* `opdc.metrics`: what a loss reports beside its value
+* `opdc.hf`: transformers: `generate` with two models, a loss for `Trainer`
+* `opdc.trl`: TRL's distillation trainers
+* `opdc.verl`: verl's trainers
+
+The names below are those of `opdc.functional` and `opdc.sampling`, and what goes into them.
 """
 
 import torch as _torch  # noqa: F401 - first, so that the C core joins its OpenMP runtime

@@ -108,15 +108,13 @@ class Common(TypedDict, total=False):
 class Supports:
     """What a divergence on a support `S` is, by `normalize`. `P` and `Q` are the masses of `S`.
 
-    ============== =================================== ==========================================
-    normalize      forward KL                          reverse KL
-    ============== =================================== ==========================================
-    "none"         `Σ_S q (τ − s)`                     `Σ_S p (s − τ)`
-    "teacher"      `Σ_S q̂ (log q̂ − s)`, `q̂ = q/Q`      `Σ_S p (s − log q̂)`
-    "both"         `Σ_S q̂ (log q̂ − log p̂)`             `Σ_S p̂ (log p̂ − log q̂)`, `p̂ = p/P`
-    "tail"         over `S` and one id for all others  over `S` and one id for all others
-    "generalized"  not defined                         `Σ_S [p (s − τ) − p + q]`
-    ============== =================================== ==========================================
+    | normalize | forward KL | reverse KL |
+    |---|---|---|
+    | "none" | `Σ_S q (τ − s)` | `Σ_S p (s − τ)` |
+    | "teacher" | `Σ_S q̂ (log q̂ − s)`, `q̂ = q/Q` | `Σ_S p (s − log q̂)` |
+    | "both" | `Σ_S q̂ (log q̂ − log p̂)` | `Σ_S p̂ (log p̂ − log q̂)`, `p̂ = p/P` |
+    | "tail" | over `S` and one id for all others | over `S` and one id for all others |
+    | "generalized" | not defined | `Σ_S [p (s − τ) − p + q]` |
 
     The Jensen-Shannon divergence is defined for "both" and "tail". "none" may be negative. "both"
     reads only the logits on `S`, and moves no mass between `S` and the other ids. An id that the
@@ -148,10 +146,11 @@ def reverse_kl(
             `k` that the teacher ranks first (the default for a `TopK`); "student", those of the
             student; "teacher+token", the teacher's and the token.
         k: the size of the support; for a `TopK` its number of slots.
-        normalize: what the probabilities on a support are, see `Supports`; must be named with one.
+        normalize: what the probabilities on a support are; must be named with one. See
+            `opdc.functional.Supports`.
         tokens: the sampled ids `(...)`, for "teacher+token".
         **common: temperature, mask, weights, valid_vocab, reduction, num_items, inplace,
-            return_metrics and process_group; see `Common`.
+            return_metrics and process_group; see `opdc.functional.Common`.
 
     Returns:
         The loss, `()` or, with `reduction="none"`, `(...)`; never negative over the vocabulary.
@@ -187,7 +186,7 @@ def forward_kl(
         student: logits `(..., V)` or a `Projection`; receives the gradient.
         teacher: logits `(..., V)`, a `Projection`, or a `TopK`.
         support, k, normalize, tokens: as for `reverse_kl`.
-        **common: see `Common`.
+        **common: see `opdc.functional.Common`.
 
     Returns:
         The loss, `()` or, with `reduction="none"`, `(...)`; never negative over the vocabulary.
@@ -226,7 +225,7 @@ def jsd(
         beta: the teacher's share of the mixture, in [0, 1].
         support, k, normalize, tokens: as for `reverse_kl`; on a support with 0 < beta < 1 the
             divergence is defined for the normalisations "both" and "tail".
-        **common: see `Common`.
+        **common: see `opdc.functional.Common`.
 
     Returns:
         The loss, `()` or, with `reduction="none"`, `(...)`; never negative.
@@ -262,7 +261,7 @@ def skew_kl(
         teacher: logits `(..., V)` or a `Projection`.
         alpha: how much of its first argument is mixed into the second, in [0, 1).
         direction: "forward" or "reverse".
-        **common: see `Common`.
+        **common: see `opdc.functional.Common`.
 
     Returns:
         The loss, `()` or, with `reduction="none"`, `(...)`; never negative.
@@ -305,7 +304,7 @@ def lsm(
         k: the size of the support; 32 or all ids, and for a `TopK` its number of slots.
         support: "teacher", the default; "student" or "teacher+token".
         tokens: the sampled ids `(...)`, for "teacher+token".
-        **common: see `Common`.
+        **common: see `opdc.functional.Common`.
 
     Returns:
         The loss, `()` or, with `reduction="none"`, `(...)`; never negative.
@@ -360,7 +359,7 @@ def k1(
         reference_logprobs: `(...)`, log-probs `r` of the tokens under a reference policy:
             `A = λ (τ_y − r) − (old − r)`.
         reward_scale: `λ`; anything but 1 needs `reference_logprobs`.
-        **common: see `Common`.
+        **common: see `opdc.functional.Common`.
 
     Returns:
         The loss, `()` or, with `reduction="none"`, `(...)`.
@@ -412,7 +411,7 @@ def k2(student: Logits, teacher: Teacher, tokens: Tensor, **common: Unpack[Commo
         teacher: logits `(..., V)` or a `Projection`; its log-probs of the tokens `(...)`; or a
             `TopK` with them.
         tokens: the sampled ids `(...)`, of an integer dtype, in `[0, valid_vocab)` where active.
-        **common: see `Common`.
+        **common: see `opdc.functional.Common`.
 
     Returns:
         The loss, `()` or, with `reduction="none"`, `(...)`; never negative.
@@ -442,7 +441,7 @@ def k3(student: Logits, teacher: Teacher, tokens: Tensor, **common: Unpack[Commo
         teacher: logits `(..., V)` or a `Projection`; its log-probs of the tokens `(...)`; or a
             `TopK` with them.
         tokens: the sampled ids `(...)`, of an integer dtype, in `[0, valid_vocab)` where active.
-        **common: see `Common`.
+        **common: see `opdc.functional.Common`.
 
     Returns:
         The loss, `()` or, with `reduction="none"`, `(...)`; never negative.
@@ -502,7 +501,7 @@ def tropd(
         clip_range, advantage: as for `k1`.
         uniforms: `(...)` in [0, 1), what decides `M`; drawn from `generator` if not given.
         generator: of `torch`; None: the global one.
-        **common: see `Common`.
+        **common: see `opdc.functional.Common`.
 
     Returns:
         The loss, `()` or, with `reduction="none"`, `(...)`. Metrics besides: `trusted`, Σ M, whose
@@ -579,7 +578,7 @@ def eopd(
         old_logprobs: `(...)`, log-probs of the tokens under the policy that drew them; `A` is then
             relative to it, and `ρ` its ratio to the current one.
         clip_range: of `ρ`, as for `k1`; used only with `old_logprobs`.
-        **common: see `Common`.
+        **common: see `opdc.functional.Common`.
 
     Returns:
         The loss, `()` or, with `reduction="none"`, `(...)`. Metrics besides: `gated`, the
@@ -643,8 +642,8 @@ def reopold(
             that are spread over steps or processes.
         old_logprobs: `(...)`, log-probs of the tokens under the policy that drew them; `ρ` is then
             its ratio to the current one.
-        **common: see `Common`. `M` takes the place of the mask in every reduction; `num_items`
-            replaces `Σ M`, whose local value is the metric `selected`.
+        **common: see `opdc.functional.Common`. `M` takes the place of the mask in every reduction;
+            `num_items` replaces `Σ M`, whose local value is the metric `selected`.
 
     Returns:
         The loss, `()` or, with `reduction="none"`, `(...)`; 0 if nothing is selected.
@@ -694,7 +693,7 @@ def aopd(
         tokens: the sampled ids `(...)`, of an integer dtype, in `[0, valid_vocab)` where active.
         k: ids of the forward KL, which is not normalised; 16 or all, and for a `TopK` its slots.
         threshold: a difference of probabilities.
-        **common: see `Common`.
+        **common: see `opdc.functional.Common`.
 
     Returns:
         The loss, `()` or, with `reduction="none"`, `(...)`. Metrics besides: `gated`, Σ G.
@@ -733,7 +732,7 @@ def token_logprobs(
     Args:
         logits: `(..., V)`, or a `Projection`.
         tokens: ids `(...)`, of an integer dtype, in `[0, valid_vocab)` where active.
-        temperature, mask, valid_vocab, process_group: see `Common`.
+        temperature, mask, valid_vocab, process_group: see `opdc.functional.Common`.
 
     >>> import opdc, torch
     >>> logits = torch.tensor([[0.0, 1.0, 2.0]])
@@ -767,7 +766,7 @@ def entropy(
 
     Args:
         logits: `(..., V)`, or a `Projection`.
-        temperature, mask, valid_vocab, process_group: see `Common`.
+        temperature, mask, valid_vocab, process_group: see `opdc.functional.Common`.
 
     >>> import opdc, torch
     >>> [f"{x:.4f}" for x in opdc.entropy(torch.tensor([[0.0, 1.0, 2.0]])).tolist()]

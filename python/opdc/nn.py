@@ -7,6 +7,11 @@ Every module has the same `forward`, so that a training loop can hold any of the
          return_metrics=False)
 
 A loss ignores what it has no use for. `opdc.functional` says what the arguments mean.
+
+The constructors take the loss's own options and, as `common`, `temperature`, `valid_vocab`,
+`reduction`, `inplace` and `process_group` of `opdc.functional.Common`. A `temperature` given there
+wins over the one of the call; the default, None, leaves it to the call, and is 1.0 if that names
+none. `uses_num_items` says whether `num_items` may be a count of tokens.
 """
 
 from __future__ import annotations

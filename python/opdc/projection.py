@@ -1,7 +1,5 @@
 """Hidden states and a head in the place of logits."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from torch import Tensor

@@ -20,8 +20,6 @@ Errors: `ValueError` for shapes, numbers, token ids and combinations, `TypeError
 and devices. No token has been drawn then, but a generator may have advanced.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

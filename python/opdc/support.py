@@ -1,7 +1,5 @@
 """Teachers that are known on a few ids only."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from torch import Tensor
