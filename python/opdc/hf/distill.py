@@ -23,6 +23,10 @@ NO_POSITION = (
 
 def check_loss(loss: Any) -> None:
     """Whether `loss` can stand in a trainer at all."""
+    if isinstance(loss, type):
+        raise TypeError(
+            f"loss: got the class {loss.__name__}; wanted an object, {loss.__name__}(...)"
+        )
     if not callable(loss):
         raise TypeError(
             f"loss: got {type(loss).__name__}; wanted an opdc.nn module, or any callable with its "
@@ -166,6 +170,8 @@ class DistillLoss:
                 "or `remove` was called; build it with the model that the Trainer gets"
             )
         arguments, keywords = read
+        if isinstance(outputs, tuple):
+            raise TypeError("outputs: got a tuple; wanted a model with return_dict=True")
         student = outputs["logits"]
         shifted = keywords.get("shift_labels")
         labels = labels if shifted is None else shifted
@@ -201,8 +207,8 @@ class DistillLoss:
             num_items=num_items_in_batch,
             return_metrics=True,
         )
-        loss, self.metrics = result if isinstance(result, tuple) else (result, None)
-        return checked(loss, self.loss)
+        loss, self.metrics = taken_apart(result, self.loss)
+        return loss
 
 
 @torch.no_grad()
@@ -216,13 +222,31 @@ def teacher_logits(teacher: Any, *arguments: Any, **keywords: Any) -> Tensor:
     return logits
 
 
-def checked(value: Any, loss: Any) -> Tensor:
-    """The value of a loss, which may be a user's own."""
+def taken_apart(result: Any, loss: Any) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """The value and the metrics of a loss, which may be a user's own."""
     name = type(loss).__name__ if isinstance(loss, torch.nn.Module) else repr(loss)
+    value, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(value, Tensor) or value.dim() != 0:
         came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(
             f"loss: {name} returned {came}; wanted a tensor of one number, reduced over the "
             "positions, or that and a dict of metrics"
         )
-    return value
+    if metrics is None:
+        return value, None
+    try:
+        numbers = {
+            key: torch.as_tensor(number, dtype=torch.float64, device="cpu").detach().reshape(())
+            for key, number in metrics.items()
+        }
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(
+            f"loss: {name} returned metrics that are no numbers ({error}); wanted a dict of sums "
+            "over positions"
+        ) from error
+    if numbers and "positions" not in numbers:
+        raise TypeError(
+            f"loss: {name} returned the metrics {sorted(numbers)}; wanted among them `positions`, "
+            "the number that the sums are divided by"
+        )
+    return value, numbers

@@ -16,7 +16,7 @@ import importlib.util
 if importlib.util.find_spec("trl") is None:
     raise ImportError("opdc.trl needs TRL: pip install 'trl>=1.16,<2'")
 
-from .attach import attach, detach
+from .attaching import attach, detach
 from .functions import chunked_divergence_loss, generalized_jsd_loss
 from .installed import support
 

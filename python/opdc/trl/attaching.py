@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from opdc.info import version
+
 from . import trainers
 from .attachment import Attachment
 
@@ -142,12 +144,12 @@ def _adapter(trainer: Any, path: str) -> type[Attachment]:
     lacking = trainers.DistillationHidden.lacks(*trainers.module_of(trainer, name))
     if lacking is None:
         return trainers.DistillationHidden
-    version = trainers.installed_version()
+    installed = version("trl")
     if path == "hidden":
-        raise RuntimeError(f'path: "hidden" has no hook in TRL {version}: {lacking}')
+        raise RuntimeError(f'path: "hidden" has no hook in TRL {installed}: {lacking}')
     warnings.warn(
-        f'TRL {version} has no hook for hidden states ({lacking}): path="logits", which makes the '
-        "whole logits",
+        f"TRL {installed} has no hook for hidden states ({lacking}): whole logits are made "
+        '(path="logits")',
         stacklevel=3,
     )
     return adapter

@@ -11,7 +11,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 import opdc
-from opdc.hf.distill import check_loss, check_teacher, check_vocabularies, checked, freeze
+from opdc.hf.distill import check_loss, check_teacher, check_vocabularies, freeze, taken_apart
+from opdc.info import version
 
 _NOTHING = object()
 # The beginnings of names in the trainer's log.
@@ -25,6 +26,7 @@ class Attachment:
     """
 
     options: ClassVar[tuple[str, ...]] = ()  # of `attach`, beyond those that all trainers take
+    method: ClassVar[str] = "compute_loss"  # of the trainer, in which the loss gets its place
     needs_teacher: ClassVar[bool] = True  # a model in this process
     always_called: ClassVar[bool] = True  # in every micro-batch
 
@@ -56,6 +58,11 @@ class Attachment:
         """Raise for what cannot work. Subclasses add what only they know."""
         check_loss(self.loss)
         name = type(self.trainer).__name__
+        if not hasattr(type(self.trainer), self.method):
+            raise RuntimeError(
+                f"TRL {version('trl')} has no {name}.{self.method}, where the loss belongs; wanted "
+                "a TRL that opdc.trl.support() lists"
+            )
         given = {
             "teacher_model": self.teacher_model is not None,
             "rollout": self.rollout is not None,
@@ -218,8 +225,7 @@ class Attachment:
             num_items=num_items if self.uses_num_items else None,
             return_metrics=True,
         )
-        returned, metrics = result if isinstance(result, tuple) else (result, None)
-        value = checked(returned, self.loss)
+        value, metrics = taken_apart(result, self.loss)
         if self.training and torch.is_grad_enabled() and not value.requires_grad:
             raise ValueError(
                 "loss: its value has no gradient; it must be computed from the student's logits, "

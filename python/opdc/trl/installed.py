@@ -18,15 +18,6 @@ _MODULES = {
     "SDPOTrainer": "trl.experimental.sdpo",
     "SFTTrainer": "trl.trainer.sft_trainer",
 }
-# The method that an adapter puts the loss into.
-_HOOKS = {
-    "ServerDistillationTrainer": "_get_teacher_token_logprobs_from_server",
-    "GKDTrainer": "generalized_jsd_loss",
-    "GOLDTrainer": "generalized_jsd_loss",
-    "IWOPDTrainer": "generalized_jsd_loss",
-    "SDFTTrainer": "_compute_self_distillation_loss",
-    "SDPOTrainer": "_compute_self_distillation_loss",
-}
 
 
 def support() -> dict[str, str]:
@@ -53,5 +44,5 @@ def _paths(name: str) -> str:
     if name == "AsyncDistillationTrainer":
         lacking = trainers.Async.lacks(kind, module)
         return "hidden" if lacking is None else f"none: {lacking}"
-    hook = _HOOKS.get(name, "compute_loss")
-    return "logits" if hasattr(kind, hook) else f"none: no {name}.{hook}"
+    method = trainers.ADAPTERS[name].method
+    return "logits" if hasattr(kind, method) else f"none: no {name}.{method}"

@@ -69,6 +69,7 @@ def sampling(attachment: Attachment, model: Any) -> Iterator[BlendSampler]:
     sampler: BlendSampler = attachment.rollout
     before = sampler.teacher_model, sampler.valid_vocab
     sampler.step = attachment.trainer.state.global_step
+    sampler.last = None  # what is there afterwards was written now
     if sampler.teacher_model is None:
         sampler.teacher_model = attachment.teacher
     if sampler.valid_vocab is None:

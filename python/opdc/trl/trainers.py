@@ -69,14 +69,10 @@ class Parameters:
         ]
         if unknown:
             raise RuntimeError(
-                f"TRL {installed_version()} gives its loss {unknown}, which opdc does not know and "
+                f"TRL {version('trl')} gives its loss {unknown}, which opdc does not know and "
                 'would leave out; wanted a TRL that opdc.trl.support() lists, or path="logits"'
             )
         return dict(bound.arguments)
-
-
-def installed_version() -> str:
-    return version("trl")
 
 
 def module_of(trainer: Any, name: str) -> tuple[type, Any]:
@@ -126,7 +122,7 @@ class Distillation(Attachment):
         missing = [name for name in self._batch if name not in inputs]
         if missing:
             raise RuntimeError(
-                f"the batch of TRL {installed_version()} has no {missing}; it has {sorted(inputs)}"
+                f"the batch of TRL {version('trl')} has no {missing}; it has {sorted(inputs)}"
             )
         return {
             "tokens": inputs["completion_ids"],
@@ -173,6 +169,7 @@ class DistillationHidden(Distillation):
     """`DistillationTrainer`, by hidden states: TRL's own `_compute_loss`, in which the function
     that makes the divergence of hidden states and heads is replaced for the time of the call."""
 
+    method = "_compute_loss"
     FUNCTION = "_chunked_divergence_loss"
     READ: ClassVar[set[str]] = {
         *("student_hidden_states", "teacher_hidden_states", "completion_mask"),
@@ -193,10 +190,10 @@ class DistillationHidden(Distillation):
             return f"no {module.__name__}.{cls.FUNCTION}"
         if missing := Parameters(function, cls.READ, cls.OPTIONAL).missing:
             return f"{cls.FUNCTION} has no {missing}"
-        method = getattr(kind, "_compute_loss", None)
+        method = getattr(kind, cls.method, None)
         wanted = ["self", "unwrapped_student", "inputs", "num_items_in_batch"]
         if method is None or list(inspect.signature(method).parameters) != wanted:
-            return f"{kind.__name__}._compute_loss does not take {wanted[1:]}"
+            return f"{kind.__name__}.{cls.method} does not take {wanted[1:]}"
         return None
 
     def check(self) -> None:
@@ -226,7 +223,7 @@ class DistillationHidden(Distillation):
 
             return compute
 
-        self.wrap("_compute_loss", around)
+        self.wrap(self.method, around)
 
     def _divergence(
         self, given: dict[str, Any], positions: dict[str, Any]
@@ -291,6 +288,7 @@ class Generalized(Labelled):
     """Trainers that call `self.generalized_jsd_loss(student_logits=, teacher_logits=, labels=)`."""
 
     options: ClassVar[tuple[str, ...]] = ("teacher_model", "normalizer")
+    method = "generalized_jsd_loss"
     counts_processes_twice: ClassVar[bool] = False
     counts_steps_twice: ClassVar[bool] = True
 
@@ -317,7 +315,7 @@ class Generalized(Labelled):
         return wrong
 
     def hook(self) -> None:
-        self.set("generalized_jsd_loss", self._divergence)
+        self.set(self.method, self._divergence)
 
     def recorded(self) -> dict[str, Tensor]:
         """What a sampler recorded of the positions of this micro-batch."""
@@ -454,6 +452,7 @@ class Supervised(Labelled):
 class SelfDistillation(Attachment):
     """`SDFTTrainer` and `SDPOTrainer`, whose logits are divided by the temperature already."""
 
+    method = "_compute_self_distillation_loss"
     needs_teacher = False  # the student itself, with more to read
 
     def check(self) -> None:
@@ -467,7 +466,7 @@ class SelfDistillation(Attachment):
         self.refuse_temperature(1.0, f"what {name} gives it, divided by the trainer's own,")
 
     def hook(self) -> None:
-        self.set("_compute_self_distillation_loss", self._divergence)
+        self.set(self.method, self._divergence)
 
     def _divergence(self, model: Any, inputs: Any, distillation_logits: Any) -> Tensor:
         logits = distillation_logits
@@ -517,6 +516,8 @@ class Remote(Attachment):
 class Server(Remote):
     """`ServerDistillationTrainer`: the teacher's top K of each position over HTTP."""
 
+    method = "_get_teacher_token_logprobs_from_server"
+
     def check(self) -> None:
         super().check()
         self.refuse_temperature(float(self.trainer.temperature), "what the server sends")
@@ -541,7 +542,7 @@ class Server(Remote):
             ),
         }
         count = response.shape[1]
-        answer = trainer._get_teacher_token_logprobs_from_server(asked, prompt.shape[1])
+        answer = getattr(trainer, self.method)(asked, prompt.shape[1])
         # The answer ends with the longest response.
         room = count - answer["actual_logprobs"].shape[1]
         pad = torch.nn.functional.pad
@@ -566,6 +567,7 @@ class Server(Remote):
 class Async(Remote):
     """`AsyncDistillationTrainer`: rows of packed responses, the teacher's top K in the batch."""
 
+    method = "_compute_loss"
     always_called = False  # not for a micro-batch of which the teacher says nothing
     FUNCTION = "_chunked_jsd_loss"
     READ: ClassVar[set[str]] = {
@@ -600,7 +602,7 @@ class Async(Remote):
             )
         kind, module = module_of(self.trainer, "AsyncDistillationTrainer")
         if lacking := self.lacks(kind, module):
-            raise RuntimeError(f"TRL {installed_version()} has no hook for opdc: {lacking}")
+            raise RuntimeError(f"TRL {version('trl')} has no hook for opdc: {lacking}")
 
     def hook(self) -> None:
         _, module = module_of(self.trainer, "AsyncDistillationTrainer")
@@ -617,7 +619,7 @@ class Async(Remote):
 
             return compute
 
-        self.wrap("_compute_loss", around)
+        self.wrap(self.method, around)
 
     @staticmethod
     def _tokens(inputs: dict[str, Any]) -> Tensor:
@@ -632,7 +634,7 @@ class Async(Remote):
         tokens = self._tokens(inputs)
         if tokens.shape[0] != hidden.shape[0]:
             raise RuntimeError(
-                f"TRL {installed_version()} has {hidden.shape[0]} positions where opdc counts "
+                f"TRL {version('trl')} has {hidden.shape[0]} positions where opdc counts "
                 f"{tokens.shape[0]}; wanted a TRL that opdc.trl.support() lists"
             )
         logprobs = given["teacher_target_logps"].masked_fill(
