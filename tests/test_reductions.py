@@ -205,3 +205,28 @@ def test_one_position_without_leading_axes(reduction):
         assert result.value.shape == ()
         assert torch.equal(result.value, usual.value.reshape(()))
         assert torch.equal(result.gradient, usual.gradient[0])
+
+
+def test_combined_metrics():
+    """Of micro-batches: sums add up, extremes compare, and a name that one lacks is the others'."""
+    parts = [
+        {
+            "positions": torch.tensor(2.0),
+            "k1": torch.tensor(1.0),
+            "log_ratio_min": torch.tensor(-3.0),
+        },
+        {
+            "positions": torch.tensor(3.0),
+            "k1": torch.tensor(-4.0),
+            "log_ratio_max": torch.tensor(2.0),
+        },
+        {"log_ratio_min": torch.tensor(-1.0), "log_ratio_max": torch.tensor(0.5)},
+    ]
+    combined = {name: value.item() for name, value in opdc.metrics.combine(parts).items()}
+    assert combined == {
+        "positions": 5.0,
+        "k1": -3.0,
+        "log_ratio_min": -3.0,
+        "log_ratio_max": 2.0,
+    }
+    assert opdc.metrics.combine([]) == {}
