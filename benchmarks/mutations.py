@@ -98,6 +98,22 @@ SCHEDULES = "python/opdc/schedules.py"
 SAMPLERS = "python/opdc/sampling.py"
 GENERATION = "python/opdc/hf/generation.py"
 TRANSCRIPT = "python/opdc/hf/transcript.py"
+TRL_TRAINERS = "python/opdc/trl/trainers.py"
+ATTACHMENT = "python/opdc/trl/attachment.py"
+ROLLOUTS = "python/opdc/trl/rollouts.py"
+TRL_FUNCTIONS = "python/opdc/trl/functions.py"
+DISTILL = "python/opdc/hf/distill.py"
+HF_HEAD = "python/opdc/hf/head.py"
+METRICS = "python/opdc/metrics.py"
+TEACHERS = "python/opdc/teachers.py"
+
+ON_TRAINERS = "test_trl_trainers.py"
+ON_FUNCTIONS = "test_trl_functions.py"
+TRAPS = "test_trl_traps.py"
+TRAPS_BAD = "test_trl_bad.py"
+ON_DISTILL = "test_hf_distill.py"
+ON_TEACHERS = "test_teachers.py"
+COMBINED = f"{REDUCTIONS}::test_combined_metrics"
 
 PARALLEL = "test_vocabulary_parallel.py"
 NEAR_SHARDS = f"{PARALLEL}::test_hazard_10_and_12_shards_are_as_near_to_the_truth_as_the_whole"
@@ -1640,6 +1656,300 @@ MUTATIONS = (
         "found = found + _dots(sparse, *adapter, None, here).to(found.dtype)",
         "found = found * 1.0",
         (f"{ALL_GATHERED}::test_value_gradients_and_metrics_of_all_logits",),
+    ),
+    Mutation(
+        "trainer_counts_processes_twice",
+        TRL_TRAINERS,
+        "            num_items = items / trainer.accelerator.num_processes\n",
+        "            num_items = items\n",
+        (ON_TRAINERS,),
+    ),
+    Mutation(
+        "logits_of_a_trainer_are_a_token_late",
+        TRL_TRAINERS,
+        "            student[:, :-1][:, -count:],\n",
+        "            student[:, 1:][:, -count:],\n",
+        (ON_TRAINERS,),
+    ),
+    Mutation(
+        "hidden_path_takes_a_mean_of_its_own",
+        TRL_TRAINERS,
+        '            num_items=given["num_items_in_batch"],\n',
+        "            num_items=None,\n",
+        (ON_TRAINERS,),
+    ),
+    Mutation(
+        "hidden_path_reads_padding",
+        TRL_TRAINERS,
+        '        mask = given["completion_mask"] != 0\n',
+        '        mask = torch.ones_like(given["completion_mask"], dtype=torch.bool)\n',
+        (ON_TRAINERS,),
+    ),
+    Mutation(
+        "hidden_path_forgets_the_temperature",
+        TRL_TRAINERS,
+        'temperature=given.get("temperature", 1.0)',
+        "temperature=1.0",
+        (ON_TRAINERS,),
+    ),
+    Mutation(
+        "hidden_path_binds_by_position",
+        TRL_TRAINERS,
+        "        bound = self.signature.bind(*arguments, **keywords)\n",
+        "        bound = self.signature.bind(*arguments, *keywords.values())\n",
+        (TRAPS,),
+    ),
+    Mutation(
+        "unknown_parameters_of_trl_are_dropped",
+        TRL_TRAINERS,
+        "        if unknown:\n            raise RuntimeError(",
+        "        if False:\n            raise RuntimeError(",
+        (TRAPS,),
+    ),
+    Mutation(
+        "function_of_trl_stays_replaced",
+        TRL_TRAINERS,
+        "            yield\n        finally:\n            setattr(module, name, original)\n",
+        "            yield\n        finally:\n            pass\n",
+        (TRAPS,),
+    ),
+    Mutation(
+        "function_of_trl_is_replaced_for_all_threads",
+        TRL_TRAINERS,
+        "            mine = threading.get_ident() == thread\n",
+        "            mine = True\n",
+        (TRAPS,),
+    ),
+    Mutation(
+        "local_normalizer_forgets_accumulation",
+        TRL_TRAINERS,
+        'positions["mask"].sum().clamp(min=1) * steps',
+        'positions["mask"].sum().clamp(min=1)',
+        (ON_TRAINERS,),
+    ),
+    Mutation(
+        "logprobs_of_gkd_are_not_shifted",
+        TRL_TRAINERS,
+        "{name: x[:, 1:] for name, x in self._recorded.items()}",
+        "{name: x[:, :-1] for name, x in self._recorded.items()}",
+        (ON_TRAINERS,),
+    ),
+    Mutation(
+        "sft_counts_processes_twice",
+        TRL_TRAINERS,
+        "num_items / (trainer.accelerator.num_processes // trainer.get_tp_size())\n",
+        "num_items\n",
+        (ON_TRAINERS,),
+    ),
+    Mutation(
+        "sdft_forgets_who_drew",
+        TRL_TRAINERS,
+        'old_logprobs=inputs.get("old_per_token_logps")',
+        "old_logprobs=None",
+        (ON_TRAINERS,),
+    ),
+    Mutation(
+        "packed_tokens_are_shifted",
+        TRL_TRAINERS,
+        'tokens[inputs["completion_mask"][real][1:].bool() & known]',
+        'tokens[inputs["completion_mask"][real][1:].bool() & known].roll(1)',
+        (ON_TRAINERS,),
+    ),
+    Mutation(
+        "packed_teacher_sees_no_positions",
+        TRL_TRAINERS,
+        'for name, x in inputs.items() if name not in ("labels", "shift_labels")}\n',
+        'for name, x in inputs.items() if name in ("input_ids", "attention_mask")}\n',
+        (ON_TRAINERS,),
+    ),
+    Mutation(
+        "server_scores_its_favourite_token",
+        TRL_TRAINERS,
+        '            pad(answer["actual_logprobs"], (0, room), value=-torch.inf),\n',
+        '            pad(answer["topk_logprobs"][..., 0], (0, room), value=-torch.inf),\n',
+        (ON_TRAINERS,),
+    ),
+    Mutation(
+        "autocast_is_not_entered",
+        TRL_TRAINERS,
+        "                        stack.enter_context(self.trainer.accelerator.autocast())\n",
+        "                        pass\n",
+        (ON_TRAINERS,),
+    ),
+    Mutation(
+        "evaluation_is_trained_normaliser",
+        TRL_TRAINERS,
+        "        if self.training:\n            items",
+        "        if True:\n            items",
+        (TRAPS,),
+    ),
+    Mutation(
+        "own_denominators_ignore_accumulation",
+        ATTACHMENT,
+        "            value = value / self.trainer.current_gradient_accumulation_steps\n",
+        "            pass\n",
+        (ON_TRAINERS,),
+    ),
+    Mutation(
+        "metrics_are_of_one_process",
+        ATTACHMENT,
+        "        everyone = gather_object([mine])\n",
+        "        everyone = [mine]\n",
+        (ON_TRAINERS,),
+    ),
+    Mutation(
+        "metrics_of_evaluation_are_trainings",
+        ATTACHMENT,
+        '        mode = "train" if self.training else "eval"\n',
+        '        mode = "train"\n',
+        (ON_TRAINERS,),
+    ),
+    Mutation(
+        "detach_leaves_a_wrapper",
+        ATTACHMENT,
+        "        self._replaced.setdefault(name, vars(self.trainer).get(name, _NOTHING))\n",
+        "        self._replaced[name] = vars(self.trainer).get(name, _NOTHING)\n",
+        (ON_TRAINERS,),
+    ),
+    Mutation(
+        "teacher_is_not_frozen",
+        ATTACHMENT,
+        "        freeze(teacher)\n",
+        "",
+        (ON_TRAINERS,),
+    ),
+    Mutation(
+        "evaluation_is_divided_by_steps",
+        ATTACHMENT,
+        "        if scaled and self.training and",
+        "        if scaled and",
+        (ON_TRAINERS,),
+    ),
+    Mutation(
+        "step_without_a_call_passes",
+        ATTACHMENT,
+        "            if self.always_called and not self.calls:\n",
+        "            if False:\n",
+        (TRAPS,),
+    ),
+    Mutation(
+        "evaluation_samples_the_blend",
+        ROLLOUTS,
+        "            if not attachment.training:  # an evaluation is one of the student\n",
+        "            if False:\n",
+        (ON_TRAINERS,),
+    ),
+    Mutation(
+        "sampler_does_not_learn_the_step",
+        ROLLOUTS,
+        "    sampler.step = attachment.trainer.state.global_step\n",
+        "",
+        (ON_TRAINERS,),
+    ),
+    Mutation(
+        "older_rollout_is_taken",
+        ROLLOUTS,
+        "    sampler.last = None  # what is there afterwards was written now\n",
+        "",
+        (TRAPS_BAD,),
+    ),
+    Mutation(
+        "logprobs_of_gkd_outlive_their_batch",
+        ROLLOUTS,
+        "                attachment.record()  # the next batch may be one of the data set\n",
+        "                pass\n",
+        (ON_TRAINERS,),
+    ),
+    Mutation(
+        "prefixes_are_whole_responses",
+        ROLLOUTS,
+        "        prefix_ids.append(ids[: sampler.prefix(sampler.step, len(ids))])\n",
+        "        prefix_ids.append(ids)\n",
+        (ON_TRAINERS,),
+    ),
+    Mutation(
+        "logprobs_of_gkd_stand_before_the_prompt",
+        ROLLOUTS,
+        "            room = (rollout.sequences.shape[1] - rollout.tokens.shape[1], 0)\n",
+        "            room = (0, rollout.sequences.shape[1] - rollout.tokens.shape[1])\n",
+        (ON_TRAINERS,),
+    ),
+    Mutation(
+        "rollout_reports_the_students_logprobs",
+        ROLLOUTS,
+        '            batch[LOGPROBS] = numbers["logprobs"]\n',
+        '            batch[LOGPROBS] = numbers["prefix_mask"] * 1.0\n',
+        (ON_TRAINERS,),
+    ),
+    Mutation(
+        "jsd_of_trl_turns_beta_round",
+        TRL_FUNCTIONS,
+        "    if beta == 0:\n        return opdc.forward_kl(student, teacher, **keywords)\n",
+        "    if beta == 0:\n        return opdc.reverse_kl(student, teacher, **keywords)\n",
+        (ON_FUNCTIONS,),
+    ),
+    Mutation(
+        "union_of_supports_counts_twice",
+        TRL_FUNCTIONS,
+        "    return opdc.TopK(ids.masked_fill(twice, -1), logprobs)\n",
+        "    return opdc.TopK(ids.masked_fill(twice & (ids < 0), -1), logprobs)\n",
+        (ON_FUNCTIONS,),
+    ),
+    Mutation(
+        "entropy_sum_is_a_mean",
+        TRL_FUNCTIONS,
+        '    return loss, metrics["student_entropy"].to(loss), mask.sum()\n',
+        '    return loss, metrics["student_entropy"].to(loss) / mask.sum(), mask.sum()\n',
+        (ON_FUNCTIONS,),
+    ),
+    Mutation(
+        "labels_of_a_trainer_are_not_shifted",
+        DISTILL,
+        "            student, teacher, labels = student[:, :-1], teacher[:, :-1], labels[:, 1:]\n",
+        "            pass\n",
+        (ON_DISTILL,),
+    ),
+    Mutation(
+        "trainer_counts_items_itself",
+        DISTILL,
+        "            num_items=num_items_in_batch,\n",
+        "            num_items=None,\n",
+        (ON_DISTILL,),
+    ),
+    Mutation(
+        "teacher_of_a_trainer_trains",
+        DISTILL,
+        "        parameter.requires_grad_(False)\n",
+        "        pass\n",
+        (ON_DISTILL,),
+    ),
+    Mutation(
+        "head_multiplies_where_it_divides",
+        HF_HEAD,
+        '    return float(divisor) if config.model_type == "hyperclovax" else 1 / float(divisor)\n',
+        "    return float(divisor)\n",
+        (ON_DISTILL,),
+    ),
+    Mutation(
+        "softcap_of_the_head_is_lost",
+        HF_HEAD,
+        '        softcap=getattr(config, "final_logit_softcapping", None),\n',
+        "",
+        (ON_DISTILL,),
+    ),
+    Mutation(
+        "extremes_of_metrics_add_up",
+        METRICS,
+        "    return torch.maximum(one, other) if name in _MAXIMA else one + other\n",
+        "    return one + other\n",
+        (COMBINED,),
+    ),
+    Mutation(
+        "slots_of_a_server_are_a_token_early",
+        TEACHERS,
+        "        for c, given in enumerate(row[start:]):\n",
+        "        for c, given in enumerate(row[start - 1 :][: shape[1]]):\n",
+        (ON_TEACHERS,),
     ),
 )
 
