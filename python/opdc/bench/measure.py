@@ -44,7 +44,7 @@ ORDER_ROWS = 64  # of the top-K of rows in adverse orders
 ORDER_SECONDS = 2.0  # for each of them
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """What runs here, to be kept with the results: libraries by name, not by place."""
     facts = info.collect()
     facts["openmp"] = ["/".join(Path(place).parts[-3:]) for place in facts["openmp"]]
@@ -260,7 +260,7 @@ class Benchmark:
         self.started = time.monotonic()
         self.compile_error: str | None = None
         self.result: dict[str, Any] = {
-            "machine": _machine(),
+            "machine": machine(),
             "vocabulary": plan.vocabulary,
             "complete": False,
             "cases": [],

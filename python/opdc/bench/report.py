@@ -488,7 +488,7 @@ def sections(result: dict[str, Any]) -> dict[str, str]:
 def _hidden_markdown(measured: dict[str, Any]) -> str:
     lines = []
     for headings, rows in (hidden_times(measured), hidden_sizes(measured)):
-        lines += [*_markdown_table(headings, rows, 1), ""]
+        lines += [*markdown_table(headings, rows, 1), ""]
     return "\n".join([*lines, *hidden_remarks(measured)])
 
 
@@ -499,11 +499,11 @@ def _benchmark_markdown(result: dict[str, Any]) -> str:
         parts.append(_principal_markdown(result))
     if was_generated(result):
         headings, rows = generate_rows(result)
-        parts.append("\n".join([*_markdown_table(headings, rows, 1), "", generate_remark(result)]))
+        parts.append("\n".join([*markdown_table(headings, rows, 1), "", generate_remark(result)]))
     return "\n\n".join(parts)
 
 
-def _markdown_table(headings: list[str], rows: Iterable[list[str]], labels: int) -> list[str]:
+def markdown_table(headings: list[str], rows: Iterable[list[str]], labels: int) -> list[str]:
     """The lines of a table whose first columns are labels, the others numbers."""
     return [
         "| " + " | ".join(headings) + " |",
@@ -531,7 +531,7 @@ def _principal_markdown(result: dict[str, Any]) -> str:
     columns.append(("streams (least)", _streams))
     columns.append(("extra memory, MiB", _memory))
 
-    lines = _markdown_table(
+    lines = markdown_table(
         [heading for heading, _ in columns],
         ([cell(case) for _, cell in columns] for case in cases),
         labels=2,

@@ -67,6 +67,24 @@ def k1(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
     return k1_given(student, token_logprobs(teacher, tokens), tokens)
 
 
+def k1_clip(student: Tensor, teacher: Tensor, tokens: Tensor, mixture: float) -> Tensor:
+    s_y, log_ratio = _of_tokens(log_probs(student), log_probs(teacher), tokens)
+    return _policy_gradient(s_y, log_ratio.clamp(min=_floor(mixture)))
+
+
+def k1_mask(student: Tensor, teacher: Tensor, tokens: Tensor, mixture: float) -> Tensor:
+    s_y, log_ratio = _of_tokens(log_probs(student), log_probs(teacher), tokens)
+    return _policy_gradient(s_y, log_ratio * (log_ratio >= _floor(mixture)))
+
+
+def gopd(
+    student: Tensor, teacher: Tensor, tokens: Tensor, reference_logprobs: Tensor, scale: float
+) -> Tensor:
+    s_y, t_y = token_logprobs(student, tokens), token_logprobs(teacher, tokens)
+    reward = scale * (t_y - reference_logprobs)
+    return _policy_gradient(s_y, reward - (s_y.detach() - reference_logprobs))
+
+
 def k2(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
     return 0.5 * (token_logprobs(teacher, tokens) - token_logprobs(student, tokens)).square()
 
@@ -93,13 +111,28 @@ def lsm_given(student: Tensor, ids: Tensor, teacher_logprobs: Tensor) -> Tensor:
     return divergence(log_probs(student.gather(-1, ids)), log_probs(teacher_logprobs))
 
 
+def forward_kl_top(student: Tensor, teacher: Tensor, k: int) -> Tensor:
+    top, ids = torch.topk(log_probs(teacher), k)
+    return divergence(top, log_probs(student).gather(-1, ids))
+
+
 def forward_kl_tail(student: Tensor, teacher: Tensor, k: int) -> Tensor:
+    s, t, s_tail, t_tail = _top_and_tail(student, teacher, k)
+    return divergence(t, s) + t_tail.exp() * (t_tail - s_tail)
+
+
+def reverse_kl_tail(student: Tensor, teacher: Tensor, k: int) -> Tensor:
+    s, t, s_tail, t_tail = _top_and_tail(student, teacher, k)
+    return divergence(s, t) + s_tail.exp() * (s_tail - t_tail)
+
+
+def _top_and_tail(student: Tensor, teacher: Tensor, k: int) -> tuple[Tensor, ...]:
+    """Log-probs on the teacher's top k, and of all the rest together."""
     s, t = log_probs(student), log_probs(teacher)
     top, ids = torch.topk(t, k)
     # Not log(1 - mass): of a confident teacher nothing but the rounding would be left.
-    s_tail = s.scatter(-1, ids, -math.inf).logsumexp(-1)
-    t_tail = t.scatter(-1, ids, -math.inf).logsumexp(-1)
-    return divergence(top, s.gather(-1, ids)) + t_tail.exp() * (t_tail - s_tail)
+    tails = (x.scatter(-1, ids, -math.inf).logsumexp(-1) for x in (s, t))
+    return s.gather(-1, ids), top, *tails
 
 
 def tropd(student: Tensor, teacher: Tensor, tokens: Tensor, uniforms: Tensor, k: int) -> Tensor:
@@ -136,7 +169,7 @@ def reopold(
     s, t = log_probs(student), log_probs(teacher)
     s_y, log_ratio = _of_tokens(s, t, tokens)
     active = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-    floor = math.log(mixture) / (1 - mixture)
+    floor = _floor(mixture)
     if phase == "exploration":
         selected = active & (log_ratio >= floor)
     else:
@@ -162,6 +195,11 @@ def _of_tokens(s: Tensor, t: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     index = tokens.unsqueeze(-1)
     s_y, t_y = s.gather(-1, index).squeeze(-1), t.gather(-1, index).squeeze(-1)
     return s_y, (t_y - s_y).detach()
+
+
+def _floor(mixture: float) -> float:
+    """What bounds the advantage from below in REOPOLD."""
+    return math.log(mixture) / (1 - mixture)
 
 
 def _policy_gradient(s_y: Tensor, advantage: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .methods import METHODS
-from .rollouts import ROLLOUTS, STUDENT
+from .rollouts import EPSILON, ROLLOUTS, STUDENT
 
 EXTRA = ("transformers", "matplotlib", "rich", "safetensors")
 # One of each kind: the plain policy gradient, two repairs of it, a top-K loss, full divergences.
@@ -48,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="who writes the responses: the student, a blend with the teacher within a KL budget "
         "(TRB), the same from the student's drafts, or the student after a beginning by the "
         "teacher (default: student)",
+    )
+    parser.add_argument(
+        "--epsilon",
+        type=_number_between(0, 100),
+        default=EPSILON,
+        metavar="NATS",
+        help=f"KL budget of the blend at the first update (default: {EPSILON})",
     )
     parser.add_argument(
         "--seeds",

@@ -91,6 +91,8 @@ def _time_loss(run: Run, update: Update) -> LossTiming:
     logits = update.student_logits.requires_grad_()
     rollout, temperature = update.rollout, run.result.temperature
     mask = rollout.mask_of(run.loss_function)
+    method, reference_logprobs = METHODS[run.result.method], update.reference_logprobs
+    reference = () if reference_logprobs is None else (reference_logprobs,)
     set_phase(run.loss_function, 1.0)
 
     def by_opdc() -> Tensor:
@@ -99,16 +101,18 @@ def _time_loss(run: Run, update: Update) -> LossTiming:
             update.teacher_logits,
             tokens=rollout.tokens,
             mask=mask,
+            reference_logprobs=reference_logprobs,
             temperature=temperature,
         )
         return loss
 
     def by_hand() -> Tensor:
-        return METHODS[run.result.method].by_hand(
+        return method.by_hand(
             logits[..., : run.pair.valid_vocab] / temperature,
             update.teacher_logits[..., : run.pair.valid_vocab] / temperature,
             rollout.tokens,
             mask,
+            *reference,
         )
 
     seconds: dict[str, list[float]] = {"opdc": [], "eager": []}

@@ -10,7 +10,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Generator
 from multiprocessing.sharedctypes import Synchronized
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -48,9 +48,9 @@ def run_compare(arguments: argparse.Namespace) -> None:
         with bar:
             total = len(chosen) * arguments.steps
             task = bar.add_task("starting", total=total, runs=len(chosen))
-            tasks = [(arguments, method, seed, comparison.before) for method, seed in chosen]
+            tasks = [Task(arguments, method, seed, comparison.before) for method, seed in chosen]
             with contextlib.closing(
-                _results(
+                results_of(
                     tasks,
                     _jobs(arguments, len(tasks)),
                     lambda done: bar.update(task, completed=done),
@@ -86,13 +86,23 @@ def _jobs(arguments: argparse.Namespace, runs: int) -> int:
     return min(wanted, runs)
 
 
-Task = tuple[argparse.Namespace, str, int, Score]
+class Task(NamedTuple):
+    """A run that is to be made."""
+
+    arguments: argparse.Namespace
+    method: str
+    seed: int
+    before: Score  # of the student
+    scores: int = SCORES_PER_RUN
 
 
-def _results(
+def results_of(
     tasks: list[Task], jobs: int, report: Callable[[int], None]
 ) -> Generator[Result, None, None]:
-    """The result of each run as it comes; `report` is told the number of updates so far."""
+    """The result of each run as it comes, `jobs` at a time in processes of their own.
+
+    `report` is told the number of updates so far.
+    """
     if jobs == 1:
         counter = itertools.count(1)
         for task in tasks:
@@ -118,11 +128,10 @@ def _results(
 
 
 def _one(task: Task, on_update: Callable[[], Any]) -> Result:
-    arguments, method, seed, before = task
-    run = Run(arguments, method, seed)
-    run.result.scores.append(before)
+    run = Run(task.arguments, task.method, task.seed)
+    run.result.scores.append(task.before)
     try:
-        for _ in run.updates(SCORES_PER_RUN):
+        for _ in run.updates(task.scores):
             on_update()
     except DemoError as error:  # the other runs go on
         run.result.failure = str(error)

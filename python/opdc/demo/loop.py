@@ -49,6 +49,7 @@ class Update:
     rollout: Rollout
     student_logits: Tensor  # (B, C, V), detached
     teacher_logits: Tensor  # (B, C, V)
+    reference_logprobs: Tensor | None  # (B, C), of the tokens under the reference, if there is one
 
 
 class Clock:
@@ -77,10 +78,12 @@ def distill(
     max_new_tokens: int,
     clock: Clock,
     sampler: Any = None,
+    reference: Any = None,
 ) -> Iterator[Update]:
     """Make one update of the student for each batch of prompts, and yield after each.
 
-    `sampler`, an `opdc.hf.BlendSampler`, writes the rollouts in the place of the student.
+    `sampler`, an `opdc.hf.BlendSampler`, writes the rollouts in the place of the student;
+    `reference` is a third model, for a loss that takes its log-probs.
     """
     optimizer = torch.optim.AdamW(
         student.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=0.0
@@ -94,6 +97,9 @@ def distill(
             rollout = roll_out(student, tokenizer, prompts, temperature, max_new_tokens, sampler)
         with clock("teacher forward"), torch.no_grad():
             teacher_logits = response_logits(teacher, rollout)
+            reference_logprobs = reference and opdc.token_logprobs(
+                response_logits(reference, rollout), rollout.tokens, temperature=temperature
+            )
         with clock("student forward"):
             student_logits = response_logits(student, rollout)
         with clock("loss"):
@@ -103,6 +109,7 @@ def distill(
                 tokens=rollout.tokens,
                 mask=rollout.mask_of(loss_function),
                 old_logprobs=rollout.logprobs,
+                reference_logprobs=reference_logprobs,
                 prefix_mask=rollout.prefix_mask,
                 temperature=temperature,
             )
@@ -113,7 +120,9 @@ def distill(
             optimizer.step()
             warmup.step()
             optimizer.zero_grad()
-        yield Update(loss.item(), rollout, student_logits.detach(), teacher_logits)
+        yield Update(
+            loss.item(), rollout, student_logits.detach(), teacher_logits, reference_logprobs
+        )
 
 
 @torch.no_grad()

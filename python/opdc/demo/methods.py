@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,20 +16,23 @@ from opdc.bench import textbook
 class Method(NamedTuple):
     """A loss, the same by hand, and what not to promise of it.
 
-    By hand it is called (student, teacher, tokens, mask) and gives the mean over the mask.
+    By hand it is called (student, teacher, tokens, mask), and with the log-probs of the reference
+    if there is one, and gives the mean over the mask.
     """
 
     loss: Callable[..., torch.nn.Module]
-    by_hand: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    by_hand: Callable[..., Tensor]
     color: str  # of its curve
     remark: str = ""  # measured on the built-in task
+    reference: bool = False  # whether it takes log-probs of the student that training began with
 
 
 def _mean(per_token: Callable[..., Tensor], *options: float) -> Callable[..., Tensor]:
-    def mean(student: Tensor, teacher: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        return (per_token(student, teacher, tokens, *options) * mask).sum() / mask.sum().clamp(
-            min=1
-        )
+    def mean(
+        student: Tensor, teacher: Tensor, tokens: Tensor, mask: Tensor, *reference: Tensor
+    ) -> Tensor:
+        losses = per_token(student, teacher, tokens, *reference, *options)
+        return (losses * mask).sum() / mask.sum().clamp(min=1)
 
     return mean
 
@@ -51,11 +55,37 @@ METHODS = {
         "k1): this teacher is nearly deterministic and the answers are short, so that covering "
         "its modes presumably does no harm",
     ),
+    "forward_kl_top": Method(
+        functools.partial(opdc.nn.ForwardKLLoss, support="teacher", k=64, normalize="none"),
+        _mean_without_tokens(textbook.forward_kl_top, 64),
+        "#8fc31f",
+    ),
+    "reverse_kl_tail": Method(
+        functools.partial(opdc.nn.ReverseKLLoss, support="teacher", k=32, normalize="tail"),
+        _mean_without_tokens(textbook.reverse_kl_tail, 32),
+        "#6d8fc7",
+    ),
     "jsd": Method(opdc.nn.JSDLoss, _mean_without_tokens(textbook.jsd, 0.5), "#19a7c4"),
     "skew_kl": Method(
         opdc.nn.SkewKLLoss, _mean_without_tokens(textbook.skew_forward_kl, 0.1), "#a58fe0"
     ),
     "k1": Method(opdc.nn.K1Loss, _mean(textbook.k1), "#111111"),
+    "k1_clip": Method(
+        functools.partial(opdc.nn.TrOPDLoss, region="threshold", outlier="clip"),
+        _mean(textbook.k1_clip, 0.3),
+        "#4f5b66",
+    ),
+    "k1_mask": Method(
+        functools.partial(opdc.nn.TrOPDLoss, region="threshold", outlier="mask"),
+        _mean(textbook.k1_mask, 0.3),
+        "#7d6b91",
+    ),
+    "gopd": Method(
+        functools.partial(opdc.nn.K1Loss, reward_scale=1.25),
+        _mean(textbook.gopd, 1.25),
+        "#b5651d",
+        reference=True,
+    ),
     "k2": Method(
         opdc.nn.K2Loss,
         _mean(textbook.k2),

@@ -18,7 +18,7 @@ ROLLOUTS = {
     "few of its own tokens to learn from",
 }
 DRAFT_LENGTH = 4  # tokens that the student drafts between two looks at the teacher
-EPSILON = 0.02  # nats, at the first update; TRB's own choice
+EPSILON = 0.02  # nats; TRB's own choice
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,17 @@ class Behaviour:
 class BehaviourPolicy:
     """Makes the sampler of a kind of rollouts, and looks at what it has done.
 
-    The budget of a blend lasts for half of the training, the teacher's prefixes for 60 % of it.
+    The budget of a blend, `epsilon` nats at the first update, lasts for half of the training, the
+    teacher's prefixes for 60 % of it.
     """
 
-    def __init__(self, kind: str, teacher: Any, valid_vocab: int | None, steps: int) -> None:
+    def __init__(
+        self, kind: str, teacher: Any, valid_vocab: int | None, steps: int, epsilon: float
+    ) -> None:
         from opdc.hf import BlendSampler  # needs transformers, which the command line does not
 
         prefixed = kind == "teacher-prefix"
-        self._budget = opdc.BlendBudget(0.0 if prefixed else EPSILON, max(1, steps // 2))
+        self._budget = opdc.BlendBudget(0.0 if prefixed else epsilon, max(1, steps // 2))
         self.sampler = BlendSampler(
             teacher,
             self._budget,

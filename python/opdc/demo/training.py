@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -37,10 +38,16 @@ class Run:
         self.pair = load_pair(arguments.student, arguments.teacher)
         loss_function: Any = METHODS[method].loss(valid_vocab=self.pair.valid_vocab)
         self.loss_function: torch.nn.Module = loss_function
+        # The student as it is before the first update.
+        self._reference = copy.deepcopy(self.pair.student) if METHODS[method].reference else None
         self._policy: BehaviourPolicy | None = None
         if arguments.rollout != STUDENT:
             self._policy = BehaviourPolicy(
-                arguments.rollout, self.pair.teacher, self.pair.valid_vocab, arguments.steps
+                arguments.rollout,
+                self.pair.teacher,
+                self.pair.valid_vocab,
+                arguments.steps,
+                arguments.epsilon,
             )
             if hasattr(loss_function, "advantage"):
                 # Of tokens drawn from the blend: its ratio p/μ corrects the sampling, and must
@@ -124,6 +131,7 @@ class Run:
                 max_new_tokens=result.max_new_tokens,
                 clock=self._clock,
                 sampler=self._policy and self._policy.sampler,
+                reference=self._reference,
             )
         except ValueError as error:
             if self._policy is None or result.updates:
