@@ -208,7 +208,7 @@ def test_one_position_without_leading_axes(reduction):
 
 
 def test_combined_metrics():
-    """Of micro-batches: sums add up, extremes compare, and a name that one lacks is the others'."""
+    """Of micro-batches: sums add up, extremes compare, and a name that one lacks adds nothing."""
     parts = [
         {
             "positions": torch.tensor(2.0),

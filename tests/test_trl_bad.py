@@ -33,6 +33,7 @@ __all__ = ["frozen"]  # a fixture
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
     pytest.mark.filterwarnings('ignore:.*normalizer="local"'),
+    pytest.mark.filterwarnings('ignore:.*advantage="old"'),
 ]
 
 LOSS = opdc.nn.ReverseKLLoss()
@@ -611,3 +612,120 @@ def test_the_names_are_public():
         "support",
     }
     assert importlib.import_module("opdc.trl").attach is opdc.trl.attach
+
+
+# ------------------------------------------------------------------------------- denominators
+
+
+def of_two_processes(trainer: Any) -> Any:
+    two = property(lambda _: 2)
+    return mock.patch.object(type(trainer.accelerator), "num_processes", two)
+
+
+@pytest.mark.parametrize("name", ["gkd", "gold", "iw_opd"])
+def test_wrong_denominators_are_named(name):
+    """Each by itself: what TRL counts twice, and what it counts of the data set."""
+    trainer = getattr(build, name)(lmbda=0.0)
+    arguments = trainer.args
+
+    def warned(loss: Any = LOSS, **keywords: Any) -> str:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            opdc.trl.attach(trainer, loss, **keywords)
+        opdc.trl.detach(trainer)
+        return " ".join(str(one.message) for one in caught if "normalizer" in str(one.message))
+
+    assert warned() == ""
+    with of_two_processes(trainer):
+        assert "processes twice" in warned()
+        assert warned(normalizer="local") == ""
+        with mock.patch.object(arguments, "average_tokens_across_devices", False):
+            assert warned() == ""  # each process counts its own tokens
+    with mock.patch.object(arguments, "gradient_accumulation_steps", 2):
+        assert ("steps twice" in warned()) == (name != "gkd")
+        assert warned(opdc.nn.ReverseKLLoss(reduction="seq_mean")) == ""
+    with mock.patch.object(trainer, "lmbda", 1.0):
+        assert "tokens of the data set" in warned()
+
+
+def test_an_evaluation_accumulates_nothing():
+    """IW-OPD's evaluation is the one that comes with a number of items."""
+    results = []
+    for normalizer in ("trl", "local"):
+        trainer = build.iw_opd(
+            lmbda=0.0, beta=1.0, gradient_accumulation_steps=2, eval_dataset=build.conversations()
+        )
+        opdc.trl.attach(trainer, LOSS, normalizer=normalizer)
+        results.append(trainer.evaluate()["eval_loss"])
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------- what would be lost
+
+
+class AddsToTheLoss(trl.SFTTrainer):
+    def compute_loss(self, *arguments, **keywords):
+        return super().compute_loss(*arguments, **keywords) + 1
+
+
+def test_what_a_subclass_adds_is_not_lost(monkeypatch):
+    monkeypatch.setattr(build, "SFTTrainer", AddsToTheLoss)
+    words = ["AddsToTheLoss.compute_loss", "replaced"]
+    refused(build.sft(), ValueError, words, teacher_model=llama(1))
+
+
+def test_other_losses_of_a_trainer_are_not_lost():
+    trainer = build.sft()
+    with mock.patch.object(trainer, "compute_loss_func", lambda *_, **__: 0):
+        refused(trainer, ValueError, ["compute_loss_func"], teacher_model=llama(1))
+    with mock.patch.object(trainer, "aux_loss_enabled", True):
+        refused(trainer, ValueError, ["router_aux_loss_coef"], teacher_model=llama(1))
+
+
+def test_advantages_of_a_blend():
+    """Of the sampled token, at the policy that drew it: the gradient would be 1 − β of itself."""
+    trainer = _built("distillation")
+    with pytest.warns(UserWarning, match=r'K1Loss with advantage="old".*"current"'):
+        opdc.trl.attach(trainer, opdc.nn.K1Loss(), rollout=sampler())
+    opdc.trl.detach(trainer)
+    current = opdc.nn.K1Loss(advantage="current")
+    for loss, budget in ((current, 0.1), (opdc.nn.K1Loss(), 0), (LOSS, 1)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            opdc.trl.attach(trainer, loss, rollout=opdc.hf.BlendSampler(None, budget))
+        opdc.trl.detach(trainer)
+
+
+def test_a_trainer_on_an_accelerator(trainer):
+    on_cuda = property(lambda _: torch.device("cuda", 0))
+    with mock.patch.object(type(trainer.accelerator), "device", on_cuda):
+        refused(trainer, ValueError, ["trainer", "cuda:0", "CPU", "use_cpu=True"])
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_losses_without_a_denominator(trainer, reduction):
+    loss = opdc.nn.ReverseKLLoss(reduction=reduction)
+    refused(trainer, ValueError, ["loss", reduction, '"mean"'], loss)
+    with pytest.raises(ValueError, match=rf'{reduction}.*"mean"'):
+        opdc.hf.DistillLoss(loss, llama(0), llama(1))
+
+
+# ------------------------------------------------------------------------------- the log
+
+
+def test_a_log_without_metrics():
+    trainer = opdc.trl.attach(build.distillation(max_steps=1), LOSS, metrics=False)
+    assert not [name for name in train(trainer).logs[0] if name.startswith("opdc/")]
+
+
+def test_batches_without_a_position_are_not_logged():
+    """Their zeros would weigh in the mean of a log, and extremes of nothing are infinite."""
+    trainer = build.gkd(lmbda=0.0, max_steps=1, per_device_train_batch_size=2)
+    opdc.trl.attach(trainer, opdc.nn.K1Loss())
+    of_trainer = trainer.generalized_jsd_loss
+    trainer.generalized_jsd_loss = lambda **given: of_trainer(
+        **{**given, "labels": torch.full_like(given["labels"], -100)}
+    )
+    with pytest.warns(UserWarning, match="no position to train on"):
+        logged = train(trainer).logs[0]
+    assert not [name for name in logged if name.startswith("opdc/")]

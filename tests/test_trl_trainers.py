@@ -38,8 +38,11 @@ from trainers import (
 
 __all__ = ["frozen"]  # a fixture
 
-# opdc's own hint, which is a test further below.
-pytestmark = pytest.mark.filterwarnings('ignore:.*normalizer="local"')
+# opdc's own hints, of which others are the tests.
+pytestmark = [
+    pytest.mark.filterwarnings('ignore:.*normalizer="local"'),
+    pytest.mark.filterwarnings('ignore:.*advantage="old"'),
+]
 
 JSD = opdc.nn.JSDLoss(beta=0.5)
 

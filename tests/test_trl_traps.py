@@ -46,6 +46,7 @@ __all__ = ["frozen"]  # a fixture
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers"),
     pytest.mark.filterwarnings('ignore:.*normalizer="local"'),
+    pytest.mark.filterwarnings('ignore:.*advantage="old"'),
     # GPT-2 is here because it shows wrong positions; see trap 12.
     pytest.mark.filterwarnings("ignore:rollout. GPT2LMHeadModel has learned positions"),
 ]

@@ -79,7 +79,8 @@ class Common(TypedDict, total=False):
     rounding, of the product with the upstream gradient, is part of it. The logits must be
     the result of a computation, with rows of their own in memory, and outside of `torch.func`. Two
     such losses on slices of one tensor, and logits that are the input of a reentrant checkpoint,
-    do not work. Where no gradient is needed, nothing is overwritten. Not with a `Projection`, whose
+    do not work; a hook that is registered on a view after the call crashes PyTorch 2.13, register
+    it before. Where no gradient is needed, nothing is overwritten. Not with a `Projection`, whose
     logits are overwritten anyway.
 
     `return_metrics` (False): return `(loss, metrics)`; the metrics are detached 0-dim float64

@@ -48,7 +48,7 @@ def mean(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def combine(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The metrics of several micro-batches, or processes, as one: sums added, extremes compared.
 
-    A name that only some of them have counts for those.
+    A name that some of them lack counts as 0 in these.
 
     >>> import opdc, torch
     >>> student, teacher = torch.zeros(2, 3), torch.zeros(2, 3)

@@ -50,6 +50,7 @@ import importlib
 import inspect
 import math
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -315,4 +316,7 @@ def _of_responses(
 
 
 if "verl" in sys.modules:  # imported by verl, or beside it
-    register()
+    try:
+        register()
+    except RuntimeError as error:  # another verl, which may be wanted for other things
+        warnings.warn(str(error), stacklevel=2)

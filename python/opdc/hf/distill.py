@@ -32,10 +32,11 @@ def check_loss(loss: Any) -> None:
             f"loss: got {type(loss).__name__}; wanted an opdc.nn module, or any callable with its "
             "arguments"
         )
-    if getattr(loss, "reduction", "mean") == "none":
+    reduction = getattr(loss, "reduction", "mean")
+    if reduction in ("none", "sum"):
         raise ValueError(
-            'loss: reduction="none" gives a loss for each position; a trainer takes one number: '
-            'use "mean", "sum" or "seq_mean"'
+            f'loss: reduction="{reduction}" has no denominator, which trainers count for batches '
+            'in parts; wanted "mean"'
         )
 
 
@@ -93,13 +94,13 @@ class DistillLoss:
             was spread over several. Sizes of vocabularies that differ by padding want the loss's
             `valid_vocab`.
         ignore_index: the label of a position that is not trained on.
+        metrics: whether the metrics of the loss are computed, which takes some time.
 
     Attributes:
-        metrics: of the last call, sums for `opdc.metrics`; None before, and from callables that
-            return a loss alone.
+        metrics: of the last call, sums for `opdc.metrics`; None without.
 
     Raises:
-        ValueError: a loss with `reduction="none"`, or one with denominators of its own
+        ValueError: a loss with another reduction than "mean", or with denominators of its own
             (`uses_num_items`), which a loss function of `Trainer` cannot scale for accumulation;
             vocabularies that differ; in a call, labels that are missing or `nn.DataParallel`.
         TypeError: `loss` is not callable, or does not return a number.
@@ -112,7 +113,7 @@ class DistillLoss:
     >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16,
     ...                      num_hidden_layers=1, num_attention_heads=2)
     >>> student, teacher = LlamaForCausalLM(config), LlamaForCausalLM(config)
-    >>> distil = opdc.hf.DistillLoss(opdc.nn.ReverseKLLoss(), student, teacher)
+    >>> distil = opdc.hf.DistillLoss(opdc.nn.ReverseKLLoss(), student, teacher, metrics=True)
     >>> ids = torch.tensor([[1, 5, 9, 2]])  # a Trainer does this, with compute_loss_func=distil:
     >>> loss = distil(student(input_ids=ids), torch.tensor([[-100, -100, 9, 2]]))
     >>> loss.backward()
@@ -127,6 +128,7 @@ class DistillLoss:
         teacher_model: Any,
         *,
         ignore_index: int = -100,
+        metrics: bool = False,
     ) -> None:
         check_loss(loss)
         if not getattr(loss, "uses_num_items", True):
@@ -141,6 +143,7 @@ class DistillLoss:
         self.loss = loss
         self.teacher_model = teacher_model
         self.ignore_index = ignore_index
+        self.wants_metrics = metrics
         self.metrics: dict[str, Tensor] | None = None
         self._read: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._placed = hasattr(teacher_model, "hf_device_map")  # on several devices: as it is
@@ -205,7 +208,7 @@ class DistillLoss:
             prefix_mask=None,
             temperature=None,
             num_items=num_items_in_batch,
-            return_metrics=True,
+            return_metrics=self.wants_metrics,
         )
         loss, self.metrics = taken_apart(result, self.loss)
         return loss

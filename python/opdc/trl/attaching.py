@@ -24,6 +24,7 @@ def attach(
     path: str = "auto",
     normalizer: str = "trl",
     autocast: bool = False,
+    metrics: bool = True,
 ) -> Trainer:
     """Have a TRL trainer train with `loss`.
 
@@ -50,8 +51,8 @@ def attach(
             It is frozen.
         rollout: an `opdc.hf.BlendSampler` that writes the responses of `DistillationTrainer` or
             `GKDTrainer`, with the trainer's teacher if it has none; its step is the trainer's.
-            The log-probs under its policy reach the loss as `old_logprobs`. Evaluation samples
-            from the plain student.
+            The log-probs under its policy reach the loss as `old_logprobs`, for which a loss of the
+            sampled token wants `advantage="current"`. Evaluation samples from the plain student.
         prefix_column: a column of the data set with responses of the teacher, texts or lists of
             ids, with which responses begin as far as `rollout.prefix` says. `DistillationTrainer`
             only.
@@ -64,6 +65,8 @@ def attach(
             accumulation steps.
         autocast: run the hidden path under the trainer's autocast. TRL's own runs in float32
             whatever `bf16` says, though rollouts do not.
+        metrics: whether the metrics of the loss are computed. On a support the whole rows are read
+            for them alone: `opdc.lsm` takes a fraction of the time without.
 
     Returns:
         `trainer`.
@@ -73,7 +76,8 @@ def attach(
             number.
         ValueError: a second loss; an option that the trainer has no use for; a configuration that
             never calls the loss; no teacher, or one with another vocabulary or on another device; a
-            temperature that is not the one of the other side.
+            temperature that is not the one of the other side; a trainer on an accelerator, or whose
+            subclass adds to the loss in the method that would be replaced.
         RuntimeError: the installed TRL lacks the hook; or, in training, a step that did not call
             the loss.
 
@@ -99,6 +103,7 @@ def attach(
         prefix_column=prefix_column,
         normalizer=normalizer,
         autocast=autocast,
+        metrics=metrics,
     )
     attachment.check()
     attachment.install()

@@ -19,6 +19,14 @@ _NOTHING = object()
 LOSS, ROLLOUT = "opdc/", "opdc/rollout/"
 
 
+def require(trainer: Any, method: str) -> None:
+    if not hasattr(type(trainer), method):
+        raise RuntimeError(
+            f"TRL {version('trl')} has no {type(trainer).__name__}.{method}, which opdc needs; "
+            "wanted a TRL that opdc.trl.support() lists"
+        )
+
+
 class Attachment:
     """What all trainers share. A subclass knows the hook of its trainers.
 
@@ -27,6 +35,7 @@ class Attachment:
 
     options: ClassVar[tuple[str, ...]] = ()  # of `attach`, beyond those that all trainers take
     method: ClassVar[str] = "compute_loss"  # of the trainer, in which the loss gets its place
+    replaces: ClassVar[bool] = True  # this method, and does not run it
     needs_teacher: ClassVar[bool] = True  # a model in this process
     always_called: ClassVar[bool] = True  # in every micro-batch
 
@@ -40,6 +49,7 @@ class Attachment:
         prefix_column: str | None = None,
         normalizer: str = "trl",
         autocast: bool = False,
+        metrics: bool = True,
     ) -> None:
         self.trainer = trainer
         self.loss = loss
@@ -48,6 +58,7 @@ class Attachment:
         self.prefix_column = prefix_column
         self.normalizer = normalizer
         self.autocast = autocast
+        self.metrics = metrics
         self.calls = 0
         self._measured: dict[str, list[Mapping[str, Tensor]]] = {LOSS: [], ROLLOUT: []}
         self._replaced: dict[str, Any] = {}
@@ -58,11 +69,14 @@ class Attachment:
         """Raise for what cannot work. Subclasses add what only they know."""
         check_loss(self.loss)
         name = type(self.trainer).__name__
-        if not hasattr(type(self.trainer), self.method):
-            raise RuntimeError(
-                f"TRL {version('trl')} has no {name}.{self.method}, where the loss belongs; wanted "
-                "a TRL that opdc.trl.support() lists"
+        require(self.trainer, self.method)
+        device = self.trainer.accelerator.device
+        if device.type != "cpu":
+            raise ValueError(
+                f"trainer: it trains on {device}; opdc's losses are for the CPU so far: "
+                "use_cpu=True in its arguments"
             )
+        self._check_nothing_is_lost()
         given = {
             "teacher_model": self.teacher_model is not None,
             "rollout": self.rollout is not None,
@@ -86,6 +100,15 @@ class Attachment:
         check_teacher(teacher, self.trainer.model)
         check_vocabularies(self.loss, self.trainer.model, teacher)
         self._check_devices(teacher)
+
+    def _check_nothing_is_lost(self) -> None:
+        """What a subclass of TRL's trainer computes in the method that is replaced."""
+        method = getattr(type(self.trainer), self.method)
+        if self.replaces and not method.__module__.startswith(("trl.", "transformers.", "opdc.")):
+            raise ValueError(
+                f"trainer: {method.__qualname__} would be replaced, with all that it adds to the "
+                "loss; override another method, or give attach a loss that adds it"
+            )
 
     def _instead(self, option: str) -> str:
         """Why an option is not for this trainer, if there is more to say."""
@@ -120,7 +143,8 @@ class Attachment:
         try:
             self.set("_opdc_attachment", self)
             if self.teacher_model is not None:
-                self.set("teacher_model", self._prepared(self.teacher_model))
+                self.teacher_model = self._prepared(self.teacher_model)
+                self.set("teacher_model", self.teacher_model)
             self.hook()
             self.wrap("compute_loss", self._reporting)
             self.wrap("training_step", self._watched)
@@ -160,10 +184,12 @@ class Attachment:
 
     def _reporting(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def compute_loss(*arguments: Any, **keywords: Any) -> Any:
+            self._measured[LOSS] = []  # of a step that failed, if it is tried again
             result = original(*arguments, **keywords)
             # Here and not in the loss: no collective inside of a wrapped forward, nor where one
             # process may write its responses and another may not.
-            self._report()
+            if self.metrics or self.rollout is not None:
+                self._report()
             return result
 
         return compute_loss
@@ -223,7 +249,7 @@ class Attachment:
             prefix_mask=prefix_mask,
             temperature=temperature,
             num_items=num_items if self.uses_num_items else None,
-            return_metrics=True,
+            return_metrics=self.metrics,
         )
         value, metrics = taken_apart(result, self.loss)
         if self.training and torch.is_grad_enabled() and not value.requires_grad:
@@ -253,12 +279,13 @@ class Attachment:
         """Means over the positions of all processes, into the trainer's log."""
         mine = {prefix: opdc.metrics.combine(parts) for prefix, parts in self._measured.items()}
         self._measured = {prefix: [] for prefix in mine}
-        everyone = gather_object([mine])
         log = getattr(self.trainer, "_metrics", None)
         if log is None:
             return
+        everyone = gather_object([mine])
         mode = "train" if self.training else "eval"
         for prefix in mine:
             total = opdc.metrics.combine(one[prefix] for one in everyone)
-            for name, value in opdc.metrics.mean(total).items() if total else ():
-                log[mode][prefix + name].append(value.item())
+            if total and total["positions"] > 0:
+                for name, value in opdc.metrics.mean(total).items():
+                    log[mode][prefix + name].append(value.item())

@@ -10,14 +10,7 @@ from torch.distributed.tensor import DTensor
 
 import opdc
 
-
-def divergence(beta: float, student: Any, teacher: Any, **keywords: Any) -> Any:
-    """TRL's generalised JSD: forward KL at `beta = 0`, reverse KL at 1, JSD between."""
-    if beta == 0:
-        return opdc.forward_kl(student, teacher, **keywords)
-    if beta == 1:
-        return opdc.reverse_kl(student, teacher, **keywords)
-    return opdc.jsd(student, teacher, beta=beta, **keywords)
+IGNORED = -100  # the label of a position that does not count
 
 
 def generalized_jsd_loss(
@@ -76,7 +69,7 @@ def generalized_jsd_loss(
     if logits_are_probs:
         student_logits, teacher_logits = student_logits.log(), teacher_logits.log()
         temperature = 1.0
-    mask = None if labels is None else labels != -100
+    mask = None if labels is None else labels != IGNORED
     teacher: Any = teacher_logits
     support: dict[str, Any] = {}
     if on_support:
@@ -86,10 +79,10 @@ def generalized_jsd_loss(
         else:
             teacher = _of_both(student_logits, teacher_logits, top_k, temperature)
         support["normalize"] = normalize
-    total: Tensor = divergence(
-        beta,
+    total: Tensor = opdc.jsd(
         student_logits,
         teacher,
+        beta=beta,
         mask=mask,
         temperature=temperature,
         reduction="sum",
@@ -181,10 +174,10 @@ def chunked_divergence_loss(
         teacher_final_logit_softcapping,
     )
     mask = completion_mask != 0
-    loss, metrics = divergence(
-        beta,
+    loss, metrics = opdc.jsd(
         student,
         teacher,
+        beta=beta,
         mask=mask,
         temperature=temperature,
         num_items=num_items_in_batch,

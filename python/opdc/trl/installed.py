@@ -44,5 +44,6 @@ def _paths(name: str) -> str:
     if name == "AsyncDistillationTrainer":
         lacking = trainers.Async.lacks(kind, module)
         return "hidden" if lacking is None else f"none: {lacking}"
-    method = trainers.ADAPTERS[name].method
+    adapter = trainers.ADAPTERS[name]
+    method = adapter.SOURCE if issubclass(adapter, trainers.Server) else adapter.method
     return "logits" if hasattr(kind, method) else f"none: no {name}.{method}"

@@ -37,6 +37,12 @@ def check(attachment: Attachment, temperature: float) -> None:
                 f"own generate; wanted without {option}"
             )
     attachment.refuse_temperature(temperature, "the policy that is sampled")
+    if getattr(attachment.loss, "advantage", None) == "old" and sampler.budget != 0:
+        warnings.warn(
+            f'loss: {type(attachment.loss).__name__} with advantage="old" takes 1 − β of its '
+            'gradient at each token of a blend; take advantage="current"',
+            stacklevel=5,
+        )
     if _has_learned_positions(trainer.model):
         warnings.warn(
             f"rollout: {type(trainer.model).__name__} has learned positions; TRL's forward counts "
@@ -57,7 +63,9 @@ def _has_learned_positions(model: Any) -> bool:
     known = getattr(config, "max_position_embeddings", None)
     tokens = unwrapped(model).get_input_embeddings()
     return known is not None and any(
-        isinstance(part, torch.nn.Embedding) and part is not tokens and part.num_embeddings >= known
+        isinstance(part, torch.nn.Embedding)
+        and part is not tokens
+        and part.num_embeddings in (known, known + 2)  # some models leave the first two out
         for part in model.modules()
     )
 

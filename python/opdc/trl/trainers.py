@@ -18,11 +18,8 @@ from opdc.hf.distill import NO_POSITION, teacher_logits
 from opdc.info import version
 
 from . import rollouts
-from .attachment import Attachment
-from .functions import projection
-
-IGNORED = -100
-
+from .attachment import Attachment, require
+from .functions import IGNORED, projection
 
 # ------------------------------------------------------------------ functions of TRL's modules
 
@@ -81,6 +78,11 @@ def module_of(trainer: Any, name: str) -> tuple[type, Any]:
         if kind.__name__ == name and kind.__module__.startswith("trl."):
             return kind, sys.modules[kind.__module__]
     raise TypeError(f"{type(trainer).__name__} is no {name}")
+
+
+def last_logits(trainer: Any, count: int) -> dict[str, int]:
+    """Asks for the logits that predict the last `count` tokens alone, of models that can do so."""
+    return {"logits_to_keep": count + 1} if "logits_to_keep" in trainer.model_kwarg_keys else {}
 
 
 # ------------------------------------------------------------------ DistillationTrainer
@@ -144,9 +146,7 @@ class Distillation(Attachment):
             mask = mask * inputs["tool_mask"]
         count = inputs["completion_ids"].shape[1]
 
-        reads: dict[str, Any] = {"input_ids": ids, "attention_mask": seen}
-        if "logits_to_keep" in trainer.model_kwarg_keys:
-            reads["logits_to_keep"] = count + 1
+        reads = last_logits(trainer, count) | {"input_ids": ids, "attention_mask": seen}
         student = model(**reads, use_cache=False).logits
         teacher = teacher_logits(self.teacher, **reads)
         num_items = None
@@ -170,6 +170,7 @@ class DistillationHidden(Distillation):
     that makes the divergence of hidden states and heads is replaced for the time of the call."""
 
     method = "_compute_loss"
+    replaces = False
     FUNCTION = "_chunked_divergence_loss"
     READ: ClassVar[set[str]] = {
         *("student_hidden_states", "teacher_hidden_states", "completion_mask"),
@@ -289,7 +290,6 @@ class Generalized(Labelled):
 
     options: ClassVar[tuple[str, ...]] = ("teacher_model", "normalizer")
     method = "generalized_jsd_loss"
-    counts_processes_twice: ClassVar[bool] = False
     counts_steps_twice: ClassVar[bool] = True
 
     def check(self) -> None:
@@ -306,9 +306,10 @@ class Generalized(Labelled):
         """What TRL's own denominator counts that it should not."""
         trainer = self.trainer
         wrong = []
-        if getattr(trainer, "lmbda", 0) > 0:
+        if getattr(trainer, "lmbda", 0) > 0 or getattr(trainer, "seq_kd", False):
             wrong.append("the tokens of the data set, not of the responses that were sampled")
-        if trainer.accelerator.num_processes > 1 and self.counts_processes_twice:
+        gathered = trainer.args.average_tokens_across_devices
+        if trainer.accelerator.num_processes > 1 and gathered:
             wrong.append("the number of processes twice")
         if trainer.args.gradient_accumulation_steps > 1 and self.counts_steps_twice:
             wrong.append("the accumulation steps twice")
@@ -336,7 +337,8 @@ class Generalized(Labelled):
         if labels is not None:
             self.warn_of_nothing(positions["mask"])
             if num_items is not None and self.normalizer == "local":
-                steps = self.trainer.current_gradient_accumulation_steps
+                # An evaluation accumulates nothing.
+                steps = self.trainer.current_gradient_accumulation_steps if self.training else 1
                 num_items = positions["mask"].sum().clamp(min=1) * steps
         return self.evaluate(
             student_logits,
@@ -353,7 +355,6 @@ class GKD(Generalized):
     """`GKDTrainer`: its divergence is at temperature 1, whatever its samples are at."""
 
     options = ("teacher_model", "normalizer", "rollout")
-    counts_processes_twice = True
     counts_steps_twice = False
 
     def check(self) -> None:
@@ -413,6 +414,19 @@ class Supervised(Labelled):
 
     options = ("teacher_model",)
 
+    def check(self) -> None:
+        super().check()
+        trainer = self.trainer
+        if trainer.compute_loss_func is not None:
+            raise ValueError(
+                "trainer: it was given a compute_loss_func, which would not be called; leave it out"
+            )
+        if getattr(trainer, "aux_loss_enabled", False):
+            raise ValueError(
+                "trainer: the loss of its router (router_aux_loss_coef) would be left out; wanted "
+                "a model with router_aux_loss_coef=0"
+            )
+
     def hook(self) -> None:
         self.set("compute_loss", self._compute_loss)
 
@@ -422,7 +436,8 @@ class Supervised(Labelled):
         trainer = self.trainer
         if "labels" not in inputs and "shift_labels" not in inputs:
             raise ValueError(f"labels: none came with the batch; it has {sorted(inputs)}")
-        reads = {name: x for name, x in inputs.items() if name not in ("labels", "shift_labels")}
+        others = ("labels", "shift_labels", "skip_logits")
+        reads = {name: x for name, x in inputs.items() if name not in others}
         reads["use_cache"] = False
         outputs = model(**reads)
         student, teacher = outputs.logits, teacher_logits(self.teacher, **reads)
@@ -516,10 +531,11 @@ class Remote(Attachment):
 class Server(Remote):
     """`ServerDistillationTrainer`: the teacher's top K of each position over HTTP."""
 
-    method = "_get_teacher_token_logprobs_from_server"
+    SOURCE = "_get_teacher_token_logprobs_from_server"
 
     def check(self) -> None:
         super().check()
+        require(self.trainer, self.SOURCE)
         self.refuse_temperature(float(self.trainer.temperature), "what the server sends")
 
     def hook(self) -> None:
@@ -542,7 +558,7 @@ class Server(Remote):
             ),
         }
         count = response.shape[1]
-        answer = getattr(trainer, self.method)(asked, prompt.shape[1])
+        answer = getattr(trainer, self.SOURCE)(asked, prompt.shape[1])
         # The answer ends with the longest response.
         room = count - answer["actual_logprobs"].shape[1]
         pad = torch.nn.functional.pad
@@ -552,7 +568,7 @@ class Server(Remote):
             pad(answer["actual_logprobs"], (0, room), value=-torch.inf),
             active,
         )
-        outputs = model(**reads, use_cache=False)
+        outputs = model(**reads, **last_logits(trainer, count), use_cache=False)
         loss = self.evaluate(
             outputs.logits[:, :-1][:, -count:],
             teacher,
@@ -568,6 +584,7 @@ class Async(Remote):
     """`AsyncDistillationTrainer`: rows of packed responses, the teacher's top K in the batch."""
 
     method = "_compute_loss"
+    replaces = False
     always_called = False  # not for a micro-batch of which the teacher says nothing
     FUNCTION = "_chunked_jsd_loss"
     READ: ClassVar[set[str]] = {
@@ -662,9 +679,12 @@ class Async(Remote):
             processes = self.trainer.accelerator.num_processes
             loss = loss * (inputs["global_n_tokens"][0] / processes).clamp(min=1).to(loss)
         total = loss.detach()
-        nothing = total.new_zeros(3 * given["num_teachers"])
         entropies = (self.measured(f"{model}_entropy", total) for model in ("student", "teacher"))
-        return loss, total, *entropies, nothing
+        # Of each teacher: positions, and sums that are not known apart.
+        each = torch.full((given["num_teachers"], 3), torch.nan).to(total)
+        if given.get("teacher_id_idx") is not None:
+            each[:, 0] = given["teacher_id_idx"].bincount(minlength=given["num_teachers"])
+        return loss, total, *entropies, each.flatten()
 
 
 # The nearest class of a trainer's ancestry decides.
