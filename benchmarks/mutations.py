@@ -1758,8 +1758,8 @@ MUTATIONS = (
     Mutation(
         "packed_teacher_sees_no_positions",
         TRL_TRAINERS,
-        'for name, x in inputs.items() if name not in ("labels", "shift_labels")}\n',
-        'for name, x in inputs.items() if name in ("input_ids", "attention_mask")}\n',
+        'others = ("labels", "shift_labels", "skip_logits")\n',
+        'others = ("labels", "shift_labels", "skip_logits", "position_ids")\n',
         (ON_TRAINERS,),
     ),
     Mutation(
@@ -1884,8 +1884,8 @@ MUTATIONS = (
     Mutation(
         "jsd_of_trl_turns_beta_round",
         TRL_FUNCTIONS,
-        "    if beta == 0:\n        return opdc.forward_kl(student, teacher, **keywords)\n",
-        "    if beta == 0:\n        return opdc.reverse_kl(student, teacher, **keywords)\n",
+        "        student_logits,\n        teacher,\n        beta=beta,\n",
+        "        student_logits,\n        teacher,\n        beta=1 - beta,\n",
         (ON_FUNCTIONS,),
     ),
     Mutation(

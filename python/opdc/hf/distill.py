@@ -198,19 +198,15 @@ class DistillLoss:
         if not self._warned and not mask.any():
             self._warned = True
             warnings.warn(NO_POSITION.format(ignored=self.ignore_index), stacklevel=2)
-        result = self.loss(
+        loss, self.metrics = evaluate(
+            self.loss,
             student,
             teacher,
             tokens=labels.masked_fill(~mask, 0),
             mask=mask,
-            weights=None,
-            old_logprobs=None,
-            prefix_mask=None,
-            temperature=None,
             num_items=num_items_in_batch,
             return_metrics=self.wants_metrics,
         )
-        loss, self.metrics = taken_apart(result, self.loss)
         return loss
 
 
@@ -225,8 +221,19 @@ def teacher_logits(teacher: Any, *arguments: Any, **keywords: Any) -> Tensor:
     return logits
 
 
-def taken_apart(result: Any, loss: Any) -> tuple[Tensor, dict[str, Tensor] | None]:
-    """The value and the metrics of a loss, which may be a user's own."""
+# What a loss is called with, beside the models and `return_metrics`.
+_ARGUMENTS = (
+    *("tokens", "mask", "weights", "old_logprobs", "prefix_mask"),
+    *("temperature", "num_items"),
+)
+
+
+def evaluate(
+    loss: Callable[..., Any], student: Any, teacher: Any, *, return_metrics: bool, **given: Any
+) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """The value and the metrics of a loss, which may be a user's own. What is not given is None."""
+    arguments = dict.fromkeys(_ARGUMENTS) | given
+    result = loss(student, teacher, **arguments, return_metrics=return_metrics)
     name = type(loss).__name__ if isinstance(loss, torch.nn.Module) else repr(loss)
     value, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(value, Tensor) or value.dim() != 0:

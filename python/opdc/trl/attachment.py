@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 import opdc
-from opdc.hf.distill import check_loss, check_teacher, check_vocabularies, freeze, taken_apart
+from opdc.hf.distill import check_loss, check_teacher, check_vocabularies, evaluate, freeze
 from opdc.info import version
 
 _NOTHING = object()
@@ -230,28 +230,22 @@ class Attachment:
         *,
         temperature: float,
         num_items: Any = None,
-        tokens: Tensor | None = None,
-        mask: Tensor | None = None,
-        old_logprobs: Tensor | None = None,
-        prefix_mask: Tensor | None = None,
         scaled: bool = False,
+        **positions: Tensor | None,
     ) -> Tensor:
-        """The loss of a micro-batch. `scaled`: the trainer takes it for one that accounts for
-        accumulation already, so that a loss with a denominator of its own has to."""
+        """The loss of a micro-batch. `positions`: what is known of each, such as `tokens` and
+        `mask`. `scaled`: the trainer takes the loss for one that accounts for accumulation already,
+        so that one with a denominator of its own has to."""
         self.calls += 1
-        result = self.loss(
+        value, metrics = evaluate(
+            self.loss,
             student,
             teacher,
-            tokens=tokens,
-            mask=mask,
-            weights=None,
-            old_logprobs=old_logprobs,
-            prefix_mask=prefix_mask,
+            **positions,
             temperature=temperature,
             num_items=num_items if self.uses_num_items else None,
             return_metrics=self.metrics,
         )
-        value, metrics = taken_apart(result, self.loss)
         if self.training and torch.is_grad_enabled() and not value.requires_grad:
             raise ValueError(
                 "loss: its value has no gradient; it must be computed from the student's logits, "

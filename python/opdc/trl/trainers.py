@@ -85,6 +85,61 @@ def last_logits(trainer: Any, count: int) -> dict[str, int]:
     return {"logits_to_keep": count + 1} if "logits_to_keep" in trainer.model_kwarg_keys else {}
 
 
+class OfFunction(Attachment):
+    """Trainers whose loss is a function of TRL's module: their own method runs, in which that
+    function is replaced for the time of the call, so that all that TRL guards stays."""
+
+    method = "_compute_loss"
+    replaces = False
+    takes: ClassVar[list[str]]  # the parameters of the method
+    function: ClassVar[str]
+    read: ClassVar[set[str]]  # parameters of the function that are used
+    optional: ClassVar[set[str]]  # those that are used if they are there, or are the loss's affair
+
+    @classmethod
+    def lacks(cls, kind: Any, module: Any) -> str | None:
+        """What the installed TRL has not that is needed here."""
+        function = getattr(module, cls.function, None)
+        if function is None:
+            return f"no {module.__name__}.{cls.function}"
+        if missing := Parameters(function, cls.read, cls.optional).missing:
+            return f"{cls.function} has no {missing}"
+        method = getattr(kind, cls.method, None)
+        if method is None or list(inspect.signature(method).parameters) != ["self", *cls.takes]:
+            return f"{kind.__name__}.{cls.method} does not take {cls.takes}"
+        return None
+
+    def hook_function(self, trainer: str) -> None:
+        _, module = module_of(self.trainer, trainer)
+
+        def around(original: Callable[..., Any]) -> Callable[..., Any]:
+            def compute(model: Any, inputs: Any, *others: Any) -> Any:
+                known = self.known(inputs)
+                function = getattr(module, self.function)
+                parameters = Parameters(function, self.read, self.optional)
+
+                def divergence(*arguments: Any, **keywords: Any) -> tuple[Tensor, ...]:
+                    return self.divergence(parameters.of(*arguments, **keywords), inputs, **known)
+
+                with contextlib.ExitStack() as stack:
+                    stack.enter_context(replaced(module, self.function, divergence))
+                    if self.autocast:
+                        stack.enter_context(self.trainer.accelerator.autocast())
+                    return original(model, inputs, *others)
+
+            return compute
+
+        self.wrap(self.method, around)
+
+    def known(self, inputs: Any) -> dict[str, Any]:
+        """What the batch says of each position."""
+        raise NotImplementedError
+
+    def divergence(self, given: dict[str, Any], inputs: Any, **known: Any) -> tuple[Tensor, ...]:
+        """What the function of TRL returns, from the arguments that it is called with."""
+        raise NotImplementedError
+
+
 # ------------------------------------------------------------------ DistillationTrainer
 
 
@@ -165,37 +220,20 @@ class Distillation(Attachment):
         return (loss, None) if return_outputs else loss
 
 
-class DistillationHidden(Distillation):
-    """`DistillationTrainer`, by hidden states: TRL's own `_compute_loss`, in which the function
-    that makes the divergence of hidden states and heads is replaced for the time of the call."""
+class DistillationHidden(OfFunction, Distillation):
+    """`DistillationTrainer`, by hidden states and heads."""
 
-    method = "_compute_loss"
-    replaces = False
-    FUNCTION = "_chunked_divergence_loss"
-    READ: ClassVar[set[str]] = {
+    takes: ClassVar[list[str]] = ["unwrapped_student", "inputs", "num_items_in_batch"]
+    function = "_chunked_divergence_loss"
+    read: ClassVar[set[str]] = {
         *("student_hidden_states", "teacher_hidden_states", "completion_mask"),
         *("student_lm_head_weight", "teacher_lm_head_weight", "num_items_in_batch"),
     }
-    # Each has a default, and beta is the loss's own affair.
-    OPTIONAL: ClassVar[set[str]] = {
+    optional: ClassVar[set[str]] = {
         *("student_lm_head_bias", "teacher_lm_head_bias", "temperature", "beta"),
         *("student_logit_scale", "teacher_logit_scale"),
         *("student_final_logit_softcapping", "teacher_final_logit_softcapping"),
     }
-
-    @classmethod
-    def lacks(cls, kind: Any, module: Any) -> str | None:
-        """What the installed TRL has not that this path needs."""
-        function = getattr(module, cls.FUNCTION, None)
-        if function is None:
-            return f"no {module.__name__}.{cls.FUNCTION}"
-        if missing := Parameters(function, cls.READ, cls.OPTIONAL).missing:
-            return f"{cls.FUNCTION} has no {missing}"
-        method = getattr(kind, cls.method, None)
-        wanted = ["self", "unwrapped_student", "inputs", "num_items_in_batch"]
-        if method is None or list(inspect.signature(method).parameters) != wanted:
-            return f"{kind.__name__}.{cls.method} does not take {wanted[1:]}"
-        return None
 
     def check(self) -> None:
         super().check()
@@ -206,29 +244,12 @@ class DistillationHidden(Distillation):
             )
 
     def hook_loss(self) -> None:
-        _, module = module_of(self.trainer, "DistillationTrainer")
+        self.hook_function("DistillationTrainer")
 
-        def around(original: Callable[..., Any]) -> Callable[..., Any]:
-            def compute(student: Any, inputs: Any, num_items_in_batch: Any) -> Any:
-                positions = self.positions(inputs)
-                parameters = Parameters(getattr(module, self.FUNCTION), self.READ, self.OPTIONAL)
+    def known(self, inputs: Any) -> dict[str, Any]:
+        return self.positions(inputs)
 
-                def divergence(*arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor]:
-                    return self._divergence(parameters.of(*arguments, **keywords), positions)
-
-                with contextlib.ExitStack() as stack:
-                    stack.enter_context(replaced(module, self.FUNCTION, divergence))
-                    if self.autocast:
-                        stack.enter_context(self.trainer.accelerator.autocast())
-                    return original(student, inputs, num_items_in_batch)
-
-            return compute
-
-        self.wrap(self.method, around)
-
-    def _divergence(
-        self, given: dict[str, Any], positions: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def divergence(self, given: dict[str, Any], inputs: Any, **known: Any) -> tuple[Tensor, ...]:
         student, teacher = (
             projection(
                 given[f"{model}_hidden_states"],
@@ -241,8 +262,7 @@ class DistillationHidden(Distillation):
         )
         mask = given["completion_mask"] != 0
         on_device = {
-            name: value if value is None else value.to(mask.device)
-            for name, value in positions.items()
+            name: value if value is None else value.to(mask.device) for name, value in known.items()
         }
         loss = self.evaluate(
             student,
@@ -580,28 +600,18 @@ class Server(Remote):
         return (loss, outputs) if return_outputs else loss
 
 
-class Async(Remote):
+class Async(OfFunction, Remote):
     """`AsyncDistillationTrainer`: rows of packed responses, the teacher's top K in the batch."""
 
-    method = "_compute_loss"
-    replaces = False
     always_called = False  # not for a micro-batch of which the teacher says nothing
-    FUNCTION = "_chunked_jsd_loss"
-    READ: ClassVar[set[str]] = {
+    takes: ClassVar[list[str]] = ["unwrapped_model", "inputs"]
+    function = "_chunked_jsd_loss"
+    read: ClassVar[set[str]] = {
         *("hidden_valid", "lm_head_weight", "lm_head_bias", "logit_scale", "temperature"),
         *("final_logit_softcapping", "target_ids", "teacher_target_logps", "num_teachers"),
         "valid_candidate_mask",
     }
-    OPTIONAL: ClassVar[set[str]] = {"beta", "add_tail_bucket", "teacher_id_idx", "chunk_size"}
-
-    @classmethod
-    def lacks(cls, kind: Any, module: Any) -> str | None:
-        function = getattr(module, cls.FUNCTION, None)
-        if function is None:
-            return f"no {module.__name__}.{cls.FUNCTION}"
-        if missing := Parameters(function, cls.READ, cls.OPTIONAL).missing:
-            return f"{cls.FUNCTION} has no {missing}"
-        return None
+    optional: ClassVar[set[str]] = {"beta", "add_tail_bucket", "teacher_id_idx", "chunk_size"}
 
     def check(self) -> None:
         super().check()
@@ -622,33 +632,17 @@ class Async(Remote):
             raise RuntimeError(f"TRL {version('trl')} has no hook for opdc: {lacking}")
 
     def hook(self) -> None:
-        _, module = module_of(self.trainer, "AsyncDistillationTrainer")
+        self.hook_function("AsyncDistillationTrainer")
 
-        def around(original: Callable[..., Any]) -> Callable[..., Any]:
-            def compute(model: Any, inputs: Any) -> Any:
-                parameters = Parameters(getattr(module, self.FUNCTION), self.READ, self.OPTIONAL)
-
-                def divergence(*arguments: Any, **keywords: Any) -> tuple[Tensor, ...]:
-                    return self._divergence(parameters.of(*arguments, **keywords), inputs)
-
-                with replaced(module, self.FUNCTION, divergence):
-                    return original(model, inputs)
-
-            return compute
-
-        self.wrap(self.method, around)
-
-    @staticmethod
-    def _tokens(inputs: dict[str, Any]) -> Tensor:
+    def known(self, inputs: Any) -> dict[str, Any]:
         """The tokens of the positions that count, in the order of the packed row."""
         real = inputs["attention_mask"].bool()
         known = (inputs["teacher_topk_ids"][real][1:] != -1).any(-1)
         tokens: Tensor = inputs["input_ids"][real][1:]
-        return tokens[inputs["completion_mask"][real][1:].bool() & known]
+        return {"tokens": tokens[inputs["completion_mask"][real][1:].bool() & known]}
 
-    def _divergence(self, given: dict[str, Any], inputs: dict[str, Any]) -> tuple[Tensor, ...]:
-        hidden, ids = given["hidden_valid"], given["target_ids"]
-        tokens = self._tokens(inputs)
+    def divergence(self, given: dict[str, Any], inputs: Any, **known: Any) -> tuple[Tensor, ...]:
+        hidden, ids, tokens = given["hidden_valid"], given["target_ids"], known["tokens"]
         if tokens.shape[0] != hidden.shape[0]:
             raise RuntimeError(
                 f"TRL {version('trl')} has {hidden.shape[0]} positions where opdc counts "
