@@ -397,10 +397,9 @@ def remarks(result: dict[str, Any]) -> str:
         "`DistillationTrainer` the loss's time is what the step takes longer than one without a "
         "loss, with the products of both heads; of the `GKDTrainer`, which makes the logits "
         "itself, that of the loss and of the gradient of the logits; float32 models, whose "
-        "logits are rounded where they are bfloat16. Before a step of less than "
-        f"{REHEARSED:.0f} s there is an untimed one; a longer one has to get from the system what "
-        "another has freed. Memory: the peak in a step, "
-        "beyond what is there before it; TRL's → opdc's."
+        "logits are rounded where they are bfloat16. Short steps are taken twice, and the second "
+        "is timed; a long one has to get from the system what another has freed. Memory: the peak "
+        "in a step, beyond what is there before it; TRL's → opdc's."
     )
 
 
