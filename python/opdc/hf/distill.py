@@ -194,20 +194,25 @@ class DistillLoss:
         teacher = teacher_logits(self.teacher_model, *arguments, **keywords)
         if shifted is None:
             student, teacher, labels = student[:, :-1], teacher[:, :-1], labels[:, 1:]
-        mask = labels != self.ignore_index
-        if not self._warned and not mask.any():
+        positions = labelled(labels, self.ignore_index)
+        if not self._warned and not positions["mask"].any():
             self._warned = True
             warnings.warn(NO_POSITION.format(ignored=self.ignore_index), stacklevel=2)
         loss, self.metrics = evaluate(
             self.loss,
             student,
             teacher,
-            tokens=labels.masked_fill(~mask, 0),
-            mask=mask,
+            **positions,
             num_items=num_items_in_batch,
             return_metrics=self.wants_metrics,
         )
         return loss
+
+
+def labelled(labels: Tensor, ignored: int) -> dict[str, Tensor]:
+    """The tokens of labels, and where they count."""
+    mask = labels != ignored
+    return {"tokens": labels.masked_fill(~mask, 0), "mask": mask}
 
 
 @torch.no_grad()

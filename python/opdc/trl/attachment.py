@@ -153,7 +153,11 @@ class Attachment:
             raise
 
     def hook(self) -> None:
-        """Put the loss where the trainer computes its own."""
+        """Put the loss where the trainer computes its own: `compute` in the place of `method`."""
+        self.set(self.method, self.compute)
+
+    def compute(self, *arguments: Any, **keywords: Any) -> Any:
+        """The loss, from what the trainer calls `method` with."""
         raise NotImplementedError
 
     def set(self, name: str, value: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import opdc
-from opdc.hf.distill import NO_POSITION, teacher_logits
+from opdc.hf.distill import NO_POSITION, labelled, teacher_logits
 from opdc.info import version
 
 from . import rollouts
@@ -78,6 +78,14 @@ def module_of(trainer: Any, name: str) -> tuple[type, Any]:
         if kind.__name__ == name and kind.__module__.startswith("trl."):
             return kind, sys.modules[kind.__module__]
     raise TypeError(f"{type(trainer).__name__} is no {name}")
+
+
+def sequences(inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """Prompts and completions, as models read them."""
+    return {
+        "input_ids": torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+        "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+    }
 
 
 def last_logits(trainer: Any, count: int) -> dict[str, int]:
@@ -172,7 +180,7 @@ class Distillation(Attachment):
         self.hook_loss()
 
     def hook_loss(self) -> None:
-        self.set("compute_loss", self._compute_loss)
+        super().hook()
 
     def positions(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What is known of each position of the completions, `(B, C)`."""
@@ -187,21 +195,19 @@ class Distillation(Attachment):
             "prefix_mask": inputs.get(rollouts.PREFIX_MASK),
         }
 
-    def _compute_loss(
+    def compute(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         trainer = self.trainer
         positions = self.positions(inputs)
         if images := [name for name in self._images if name in inputs]:
             raise ValueError(f'path: "logits" reads text alone, the batch has {images}: "hidden"')
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        seen = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         mask = inputs["completion_mask"]
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
         count = inputs["completion_ids"].shape[1]
 
-        reads = last_logits(trainer, count) | {"input_ids": ids, "attention_mask": seen}
+        reads = sequences(inputs) | last_logits(trainer, count)
         student = model(**reads, use_cache=False).logits
         teacher = teacher_logits(self.teacher, **reads)
         num_items = None
@@ -279,12 +285,6 @@ class DistillationHidden(OfFunction, Distillation):
 # ------------------------------------------------------------------ trainers with labels
 
 
-def labelled(labels: Tensor) -> dict[str, Tensor]:
-    """The tokens of labels, and where they count."""
-    mask = labels != IGNORED
-    return {"tokens": labels.masked_fill(~mask, 0), "mask": mask}
-
-
 class Labelled(Attachment):
     """Trainers with labels that mark the response."""
 
@@ -335,14 +335,11 @@ class Generalized(Labelled):
             wrong.append("the accumulation steps twice")
         return wrong
 
-    def hook(self) -> None:
-        self.set(self.method, self._divergence)
-
     def recorded(self) -> dict[str, Tensor]:
         """What a sampler recorded of the positions of this micro-batch."""
         return {}
 
-    def _divergence(
+    def compute(
         self,
         student_logits: Tensor,
         teacher_logits: Tensor,
@@ -352,7 +349,7 @@ class Generalized(Labelled):
         num_items_in_batch: Any = None,
         **_: Any,
     ) -> Tensor:
-        positions = {} if labels is None else labelled(labels)
+        positions = {} if labels is None else labelled(labels, IGNORED)
         num_items = num_items_in_batch
         if labels is not None:
             self.warn_of_nothing(positions["mask"])
@@ -447,10 +444,7 @@ class Supervised(Labelled):
                 "a model with router_aux_loss_coef=0"
             )
 
-    def hook(self) -> None:
-        self.set("compute_loss", self._compute_loss)
-
-    def _compute_loss(
+    def compute(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         trainer = self.trainer
@@ -464,7 +458,7 @@ class Supervised(Labelled):
         labels = inputs.get("shift_labels")
         if labels is None:
             student, teacher, labels = student[:, :-1], teacher[:, :-1], inputs["labels"][:, 1:]
-        positions = labelled(labels)
+        positions = labelled(labels, IGNORED)
         self.warn_of_nothing(positions["mask"])
         num_items = num_items_in_batch
         if num_items is not None and trainer.args.average_tokens_across_devices:
@@ -500,10 +494,7 @@ class SelfDistillation(Attachment):
             raise ValueError(f"trainer: {name} with distillation_weight=0 does not distil")
         self.refuse_temperature(1.0, f"what {name} gives it, divided by the trainer's own,")
 
-    def hook(self) -> None:
-        self.set(self.method, self._divergence)
-
-    def _divergence(self, model: Any, inputs: Any, distillation_logits: Any) -> Tensor:
+    def compute(self, model: Any, inputs: Any, distillation_logits: Any) -> Tensor:
         logits = distillation_logits
         return self.evaluate(
             logits.student_logits,
@@ -558,19 +549,13 @@ class Server(Remote):
         require(self.trainer, self.SOURCE)
         self.refuse_temperature(float(self.trainer.temperature), "what the server sends")
 
-    def hook(self) -> None:
-        self.set("compute_loss", self._compute_loss)
-
-    def _compute_loss(
+    def compute(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         trainer = self.trainer
         prompt, response = inputs["prompt_ids"], inputs["completion_ids"]
         active = inputs["completion_mask"] != 0
-        reads = {
-            "input_ids": torch.cat([prompt, response], dim=1),
-            "attention_mask": torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-        }
+        reads = sequences(inputs)
         asked = reads | {
             "prompt_attention_mask": inputs["prompt_mask"],
             "labels": torch.cat(
