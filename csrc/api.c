@@ -3,58 +3,22 @@
 #include <string.h>
 
 #include "call.h"
+#include "cuda/calls.h"
 #include "memory.h"
 #include "parallel.h"
 #include "reduce.h"
+#include "rowwise.h"
 
 /* --- Rows ------------------------------------------------------------------------------------- */
 
-static void write_gradient(const plan *at, int64_t index, double upstream, const workspace *work) {
-  const row *from = &at->rows[index];
-  char *to = view_at(&at->gradient, index);
-  if (from->active == 0) {
-    memset(to, 0, (size_t)at->constants.width * (size_t)at->gradient.bytes);
-  } else {
-    const row_input input = input_at(at, index);
-    double others;
-    at->kernels->gradient(&at->constants, &input, from, from->factor * upstream, work, to, &others);
-  }
-}
-
-/* Loss and gradient of a row together, while it is in the cache; apart where a loss needs what is
- * measured of all rows first. */
-static void measure_row(void *context, int64_t index, int thread) {
+static void measure_one_row(void *context, int64_t index, int thread) {
   const plan *at = context;
-  workspace work = workspace_of(at, thread);
-  if (at->in_phases) work.kept = NULL;
-  if (at->rows[index].active != 0) {
-    const row_input input = input_at(at, index);
-    at->kernels->measure(&at->constants, &input, &at->rows[index], &work);
-  }
-  if (at->in_phases) return;
-  settle_row(at, index);
-  if (at->with_gradient) write_gradient(at, index, 1, &work);
+  measure_row(at, index, &at->rows[index], workspace_of(at, thread));
 }
 
-/* The gradient of a row whose loss is known, from what is kept again. */
-static void differentiate_row(const plan *at, int64_t index, double upstream, int thread) {
-  workspace work = workspace_of(at, thread);
-  if (at->rows[index].active != 0) {
-    const row_input input = input_at(at, index);
-    at->kernels->keep(&at->constants, &input, &at->rows[index], &work);
-  }
-  write_gradient(at, index, upstream, &work);
-}
-
-static void differentiate_settled_row(void *context, int64_t index, int thread) {
-  differentiate_row(context, index, 1, thread);
-}
-
-static void differentiate_saved_row(void *context, int64_t index, int thread) {
+static void differentiate_one_row(void *context, int64_t index, int thread) {
   const plan *at = context;
-  const int per_position = at->call->reduction == OPDC_NONE;
-  const char *upstream = per_position ? view_at(&at->upstream, index) : at->upstream.data;
-  differentiate_row(at, index, load_element(upstream, at->upstream.type, 0), thread);
+  differentiate_row(at, index, &at->rows[index], workspace_of(at, thread));
 }
 
 /* --- The public functions --------------------------------------------------------------------- */
@@ -70,6 +34,7 @@ opdc_status opdc_loss(const opdc_call *call, const DLTensor *value, const DLTens
   if (gradient) TRY(check_output("gradient", gradient, &at.student, &at.gradient, error));
   at.with_gradient = gradient != NULL;
   if (metrics) describe_metrics(&at.constants);
+  if (at.on_gpu) return gpu_loss(&at, &to, error);
   TRY(reserve_entropies(&at, &entropies, error));
   status = reserve_memory(&at, 0, error);
   if (status != OPDC_OK) {
@@ -80,11 +45,11 @@ opdc_status opdc_loss(const opdc_call *call, const DLTensor *value, const DLTens
 
   activate(&at);
   share_out(&at);
-  for_each_row(at.positions, at.constants.width, call->threads, measure_row, &at);
+  for_each_row(at.positions, at.constants.width, call->threads, measure_one_row, &at);
   if (at.in_phases) {
     settle_rows(&at, entropies);
     if (gradient)
-      for_each_row(at.positions, at.constants.width, call->threads, differentiate_settled_row, &at);
+      for_each_row(at.positions, at.constants.width, call->threads, differentiate_one_row, &at);
   }
   free(entropies);
   free(at.memory);
@@ -100,34 +65,21 @@ opdc_status opdc_gradient(const opdc_call *call, const DLTensor *rows, const DLT
                   error));
   TRY(check_output("gradient", gradient, &at.student, &at.gradient, error));
   at.with_gradient = 1;
+  if (at.on_gpu) return gpu_gradient(&at, error);
   TRY(reserve_memory(&at, 0, error));
   if (at.gradient.data != at.student.data) prefer_huge_pages(&at.gradient);
-  for_each_row(at.positions, at.constants.width, call->threads, differentiate_saved_row, &at);
+  for_each_row(at.positions, at.constants.width, call->threads, differentiate_one_row, &at);
   free(at.memory);
   return OPDC_OK;
 }
 
-typedef struct scaling {
-  const row_kernels *kernels;
-  view gradient, upstream, output;
-  int64_t width;
-} scaling;
-
-static void scale_row(void *context, int64_t index, int thread) {
-  const scaling *at = context;
-  const char *from = view_at(&at->gradient, index);
-  char *to = view_at(&at->output, index);
+static void scale_one_row(void *context, int64_t index, int thread) {
   (void)thread;
-  const double factor =
-      load_element(view_at(&at->upstream, at->upstream.leading ? index : 0), at->upstream.type, 0);
-  if (factor != 1)
-    at->kernels->scale(from, at->gradient.type, at->width, factor, to);
-  else if (from != to)
-    memcpy(to, from, (size_t)at->width * (size_t)at->gradient.bytes);
+  scale_row(context, index);
 }
 
 opdc_status opdc_scale(const DLTensor *gradient, const DLTensor *upstream, const DLTensor *output,
-                       int threads, opdc_error *error) {
+                       int threads, const opdc_device *device, opdc_error *error) {
   scaling at;
   const instruction_set *set = instruction_set_in_use(error);
   if (!set) return OPDC_INVALID_VALUE;
@@ -139,7 +91,9 @@ opdc_status opdc_scale(const DLTensor *gradient, const DLTensor *upstream, const
   TRY(check_output("output", output, &at.gradient, &at.output, error));
   at.kernels = at.gradient.type == dtype_f64 ? &set->f64 : &set->f32;
   at.width = gradient->shape[at.gradient.leading];
+  at.positions = count_positions(gradient, at.gradient.leading);
+  if (is_on_gpu(&at.gradient)) return gpu_scale(&at, device, error);
   if (at.output.data != at.gradient.data) prefer_huge_pages(&at.output);
-  for_each_row(count_positions(gradient, at.gradient.leading), at.width, threads, scale_row, &at);
+  for_each_row(at.positions, at.width, threads, scale_one_row, &at);
   return OPDC_OK;
 }

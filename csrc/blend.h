@@ -41,72 +41,108 @@ static inline lane depth(const real *x, int i, lane maximum) {
   return lane_sub(lane_load(x + i), maximum);
 }
 
+/* What a pass at one beta has for all blocks. */
+typedef struct blend_frame {
+  int reference; /* the model that the blend is compared with */
+  real beta, student_share;
+  /* log mu - log of the model is `slope` times z - t, and a constant. Of z and t only what they
+   * differ by at large is taken away, not their maxima: so z - t is exact where the models agree */
+  real slope;
+  difference offsets;
+  double shift;
+} blend_frame;
+
+OUTLINED blend_frame blend_frame_of(const row_call *call, const measured models[MODELS],
+                                    double beta, int reference) {
+  const temperature T = temperature_of(call);
+  const double student = models[MODEL_STUDENT].whole.maximum,
+               teacher = models[MODEL_TEACHER].whole.maximum;
+  blend_frame at;
+  at.reference = reference;
+  at.beta = (real)beta;
+  at.student_share = (real)(1 - beta);
+  at.slope = reference == MODEL_STUDENT ? -(real)beta * T.inverse : at.student_share * T.inverse;
+  at.offsets = difference_of(student, teacher, 0, T);
+  at.shift = student - teacher - (double)(at.offsets.student_offset - at.offsets.teacher_offset);
+  return at;
+}
+
+/* One block of it, into its place in a batch. */
+OUTLINED void measure_blend_block(const row_call *call, const measured models[MODELS],
+                                  const blend_frame *frame, int64_t start, block *at, real *blend,
+                                  mass *blocks, batch *parts, int place) {
+  const temperature T = temperature_of(call);
+  const measured *student = &models[MODEL_STUDENT], *teacher = &models[MODEL_TEACHER],
+                 *reference = &models[frame->reference];
+  const lane student_maximum = lane_set((real)student->whole.maximum),
+             teacher_maximum = lane_set((real)teacher->whole.maximum),
+             student_share = lane_set(frame->student_share), beta = lane_set(frame->beta);
+  const int count = block_length(start, call->vocabulary);
+  const real *z = block_at(student->logits, NATIVE, start, count, at->y);
+  const real *t = block_at(teacher->logits, NATIVE, start, count, at->q);
+  const next_block ahead = block_after(teacher->logits, NATIVE, start);
+  lane largest = lane_set(-(real)INFINITY);
+  for (int i = 0; i < padded(count); i += LANES) {
+    const lane x =
+        blend_rule(depth(z, i, student_maximum), depth(t, i, teacher_maximum), student_share, beta);
+    largest = lane_max(x, largest);
+    lane_store(at->x + i, x);
+  }
+  if (blend) scatter(at->x, NATIVE, start, count, blend);
+  team_sync();
+  const mass mine = exponentials(call, at->x, start, count, lane_maximum(largest), T, ahead, at->p);
+  if (blocks) blocks[start / BLOCK] = mine;
+  mass other = reference->blocks[start / BLOCK];
+  const real *q = kept_block(reference->kept, start);
+  kl_result result;
+  other.maximum -= reference->whole.maximum;
+  if (1 + mine.rest > 0 && 1 + other.rest > 0) {
+    const double total = 1 + mine.rest;
+    const real ratio = (real)(total / (1 + other.rest));
+    const double log_ratio = log_ratio_of_masses(mine, other, ratio, T);
+    const double constant = log_ratio + (double)frame->slope * frame->shift;
+    const real high = (real)constant, low = (real)(constant - (double)high);
+    const lane slope = lane_set(frame->slope),
+               student_offset = lane_set(frame->offsets.student_offset),
+               teacher_offset = lane_set(frame->offsets.teacher_offset);
+    kl_sums sums = no_kl_sums();
+    FOR_EACH_LANE(count) {
+      const lane apart = lane_sub(depth(z, i, student_offset), depth(t, i, teacher_offset));
+      const lane d = lane_sub(lane_fma(apart, slope, lane_set(-high)), lane_set(low));
+      const lane p = lane_load(at->p + i);
+      kl_add(&sums, part, kl_rule(p, lane_mul(lane_load(q + i), lane_set(ratio)), d, 1), 1, 0);
+      square_add(&sums, part, p, d);
+    }
+    result = kl_finish(sums, total, log_ratio);
+  } else {
+    result = kl_one_sided(mine, other);
+  }
+  parts->student[place] = mine;
+  parts->teacher[place] = other;
+  parts->divergence[place] = result;
+}
+
 /* The blend at beta and its divergence from a model, in one pass. Its logits and the masses of its
  * blocks are kept where there is a place for them. */
-static blend_result measure_blend(const row_call *call, const measured models[MODELS], double beta,
-                                  int reference, real *blend, mass *blocks) {
-  const temperature T = temperature_of(call);
-  const measured *student = &models[MODEL_STUDENT], *teacher = &models[MODEL_TEACHER];
-  const lane student_maximum = lane_set((real)student->whole.maximum),
-             teacher_maximum = lane_set((real)teacher->whole.maximum);
-  const real student_share = (real)(1 - beta);
-  /* log mu - log of the model is this times z - t, and a constant. Of z and t only what they differ
-   * by at large is taken away, not their maxima: so z - t is exact where the models agree. */
-  const real slope =
-      reference == MODEL_STUDENT ? -(real)beta * T.inverse : student_share * T.inverse;
-  const difference offsets = difference_of(student->whole.maximum, teacher->whole.maximum, 0, T);
-  const double shift = student->whole.maximum - teacher->whole.maximum -
-                       (double)(offsets.student_offset - offsets.teacher_offset);
-  block at;
-  batch parts;
-  parts.count = 0;
-  for (int64_t start = 0; start < call->vocabulary; start += BLOCK) {
-    const int count = block_length(start, call->vocabulary), index = parts.count;
-    const real *z = block_at(student->logits, NATIVE, start, count, at.y);
-    const real *t = block_at(teacher->logits, NATIVE, start, count, at.q);
-    const next_block ahead = block_after(teacher->logits, NATIVE, start);
-    lane largest = lane_set(-(real)INFINITY);
-    for (int i = 0; i < padded(count); i += LANES) {
-      const lane x = blend_rule(depth(z, i, student_maximum), depth(t, i, teacher_maximum),
-                                lane_set(student_share), lane_set((real)beta));
-      largest = lane_max(x, largest);
-      lane_store(at.x + i, x);
-    }
-    if (blend) memcpy(blend + start, at.x, (size_t)count * sizeof(real));
-    const mass mine = exponentials(call, at.x, start, count, lane_maximum(largest), T, ahead, at.p);
-    if (blocks) blocks[start / BLOCK] = mine;
-    mass other = models[reference].blocks[start / BLOCK];
-    const real *q = kept_block(models[reference].kept, start);
-    kl_result result;
-    other.maximum -= models[reference].whole.maximum;
-    if (1 + mine.rest > 0 && 1 + other.rest > 0) {
-      const double total = 1 + mine.rest;
-      const real ratio = (real)(total / (1 + other.rest));
-      const double log_ratio = log_ratio_of_masses(mine, other, ratio, T);
-      const double constant = log_ratio + (double)slope * shift;
-      const real high = (real)constant, low = (real)(constant - (double)high);
-      kl_sums sums = no_kl_sums();
-      FOR_EACH_LANE(count) {
-        const lane apart = lane_sub(depth(z, i, lane_set(offsets.student_offset)),
-                                    depth(t, i, lane_set(offsets.teacher_offset)));
-        const lane d = lane_sub(lane_fma(apart, lane_set(slope), lane_set(-high)), lane_set(low));
-        const lane p = lane_load(at.p + i);
-        kl_add(&sums, part, kl_rule(p, lane_mul(lane_load(q + i), lane_set(ratio)), d, 1), 1, 0);
-        square_add(&sums, part, p, d);
-      }
-      result = kl_finish(sums, total, log_ratio);
-    } else {
-      result = kl_one_sided(mine, other);
-    }
-    parts.student[index] = mine;
-    parts.teacher[index] = other;
-    parts.divergence[index] = result;
-    parts.count++;
-    if (parts.count == BATCH) combine_batch(&parts, T);
+OUTLINED blend_result measure_blend(const row_call *call, const measured models[MODELS],
+                                    double beta, int reference, real *blend, mass *blocks) {
+  const blend_frame frame = blend_frame_of(call, models, beta, reference);
+  TEAM_BLOCK(at);
+  ROW_SHARED(batch, parts);
+  int count = 0; /* of the batch */
+  for (int64_t next = 0, end; next < call->vocabulary; next = end) {
+    end = batch_end(next, BATCH - count, call->vocabulary);
+    FOR_EACH_BLOCK(start, next, end)
+      measure_blend_block(call, models, &frame, start, at, blend, blocks, parts,
+                          count + blocks_between(next, start));
+    count += blocks_between(next, end);
+    BY_ONE_TEAM combine_batch(parts, count, temperature_of(call));
+    count = 1;
   }
-  combine_batch(&parts, T);
-  return (blend_result){parts.student[0], parts.divergence[0].reverse_kl,
-                        parts.divergence[0].square};
+  const blend_result found = {parts->student[0], parts->divergence[0].reverse_kl,
+                              parts->divergence[0].square};
+  row_sync();
+  return found;
 }
 
 /* The largest beta within the budget, as a number of the arithmetic, and its KL(mu, p).
@@ -116,8 +152,8 @@ static blend_result measure_blend(const row_call *call, const measured models[MO
  * distance: where an id comes in at once, KL is like a stair, and Newton steps to and fro over it.
  * `least` is what KL is at once for any beta > 0: what the student loses of its mass by ids that
  * the teacher excludes. */
-static void solve(const row_call *call, const measured models[MODELS], kl_result apart,
-                  double epsilon, sampled *out) {
+OUTLINED void solve(const row_call *call, const measured models[MODELS], kl_result apart,
+                    double epsilon, sampled *out) {
   const double variance = apart.square - apart.reverse_kl * apart.reverse_kl;
   double low = 0, high = 1, low_kl = 0, least = 0, before = INFINITY, last = INFINITY;
   const double spacing = sizeof(real) == sizeof(double) ? 0 : 0x1p-24; /* of beta, relative */

@@ -45,7 +45,7 @@ static opdc_status check_range(const char *name, double x, double least, double 
 static opdc_status check_settings(plan *out, opdc_error *error) {
   const opdc_settings *at = &out->constants.settings;
   double *numbers;
-  TRY(check_doubles("settings", out->call->settings, -1, OPDC_SETTINGS, &numbers, error));
+  TRY(check_doubles("settings", out->call->settings, NULL, -1, OPDC_SETTINGS, &numbers, error));
   memcpy(&out->constants.settings, numbers, sizeof out->constants.settings);
   TRY(check_temperature(at->temperature, out->constants.is_double, error));
   switch (out->method->element) {
@@ -88,10 +88,8 @@ static opdc_status check_settings(plan *out, opdc_error *error) {
   return OPDC_OK;
 }
 
-int is_active(const plan *at, int64_t index) { return view_flag(&at->mask, index, 1); }
-
 static opdc_status check_token_range(const plan *at, opdc_error *error) {
-  if (!at->tokens.tensor) return OPDC_OK;
+  if (!at->tokens.tensor || at->on_gpu) return OPDC_OK;
   for (int64_t i = 0; i < at->positions; i++) {
     int64_t token;
     if (!is_active(at, i)) continue;
@@ -103,10 +101,6 @@ static opdc_status check_token_range(const plan *at, opdc_error *error) {
                   (long long)token, (long long)i, (long long)at->constants.vocabulary - 1);
   }
   return OPDC_OK;
-}
-
-static int is_prefix(const plan *at, int64_t index) {
-  return view_flag(&at->prefix_mask, index, 0);
 }
 
 /* What a sparse teacher says of a position; `sorted` has room for its ids. */
@@ -177,6 +171,7 @@ static opdc_status check_slots(plan *out, opdc_error *error) {
   TRY(check_numbers("teacher.tail_logprob", call->tail_logprobs, &out->student, &out->tail_logprobs,
                     error));
   out->constants.k = slots;
+  if (out->on_gpu) return OPDC_OK;
   sorted = malloc((size_t)slots * sizeof *sorted);
   if (!sorted)
     return fail(error, OPDC_OUT_OF_MEMORY, "out of memory: no room for %lld ids", (long long)slots);
@@ -246,7 +241,7 @@ static opdc_status check_tropd(plan *out, opdc_error *error) {
     return fail(error, OPDC_INVALID_TYPE,
                 "uniforms: got None, want a number in [0, 1) for each position");
   TRY(check_numbers("uniforms", call->uniforms, &out->student, &out->uniforms, error));
-  for (int64_t i = 0; i < out->positions; i++) {
+  for (int64_t i = 0; i < out->positions && !out->on_gpu; i++) {
     if (!is_active(out, i) || is_prefix(out, i)) continue;
     TRY(check_uniform(view_number(&out->uniforms, i, 0), i, error));
   }
@@ -351,8 +346,10 @@ opdc_status make_plan(const opdc_call *call, const opdc_slice *slice, const DLTe
     return fail(error, OPDC_INVALID_VALUE, "reduction: got %d, want one of opdc_reduction",
                 (int)call->reduction);
   needs = out->method->needs;
+  out->reduction = call->reduction;
 
   TRY(check_logits("student", call->student, &out->student, error));
+  out->on_gpu = is_on_gpu(&out->student);
   if (needs & (NEEDS_TEACHER_LOGITS | NEEDS_TEACHER) && call->teacher) {
     TRY(check_teacher(call->teacher, &out->student, &out->teacher, error));
   } else if (call->slot_ids && call->slot_logprobs && call->support != OPDC_FULL) {
@@ -396,6 +393,7 @@ opdc_status make_plan(const opdc_call *call, const opdc_slice *slice, const DLTe
     TRY(check_vocabulary(&out->student, &out->teacher, call->valid_vocab,
                          &out->constants.vocabulary, error));
   out->constants.width = call->student->shape[out->student.leading];
+  out->whole_vocabulary = out->constants.vocabulary;
   out->positions = count_positions(call->student, out->student.leading);
   out->sequence = out->student.leading ? call->student->shape[out->student.leading - 1] : 1;
   TRY(check_token_range(out, error));
@@ -403,43 +401,12 @@ opdc_status make_plan(const opdc_call *call, const opdc_slice *slice, const DLTe
   TRY(check_tropd(out, error));
   if (has_support(&out->constants) && !call->teacher) TRY(check_slots(out, error));
   if (rows || !slice) {
-    TRY(check_doubles("rows", rows, out->positions, OPDC_ROW, &row_numbers, error));
+    TRY(check_doubles("rows", rows, &out->student, out->positions, OPDC_ROW, &row_numbers, error));
     out->rows = (row *)(void *)row_numbers;
   }
 
   choose_rule(out);
   describe_call(out);
+  out->metrics = opdc_method_metrics(call->method, out->teacher.tensor != NULL, call->support);
   return OPDC_OK;
-}
-
-/* The token as an id of the slice; -1: there is none here. */
-static int64_t local_token(const plan *at, int64_t index) {
-  const int64_t token = at->tokens.tensor ? token_at(&at->tokens, index) : -1;
-  const int64_t local = token - at->constants.first;
-  return local >= 0 && local < at->constants.vocabulary ? local : -1;
-}
-
-row_input input_at(const plan *at, int64_t index) {
-  row_input input = {.student = view_at(&at->student, index),
-                     .token = local_token(at, index),
-                     .teacher_logprob = NAN,
-                     .old_logprob = NAN,
-                     .reference_logprob = NAN,
-                     .teacher_entropy = NAN,
-                     .tail_logprob = NAN,
-                     .uniform = NAN,
-                     .prefix = is_prefix(at, index)};
-  if (input.prefix) return input;
-  if (at->teacher.tensor) input.teacher = view_at(&at->teacher, index);
-  if (at->slot_ids.tensor) {
-    input.slot_ids = view_at(&at->slot_ids, index);
-    input.slot_logprobs = view_at(&at->slot_logprobs, index);
-  }
-  input.teacher_logprob = view_number(&at->teacher_logprobs, index, NAN);
-  input.old_logprob = view_number(&at->old_logprobs, index, NAN);
-  input.reference_logprob = view_number(&at->reference_logprobs, index, NAN);
-  input.teacher_entropy = view_number(&at->teacher_entropy, index, NAN);
-  input.tail_logprob = view_number(&at->tail_logprobs, index, NAN);
-  input.uniform = view_number(&at->uniforms, index, NAN);
-  return input;
 }

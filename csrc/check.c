@@ -69,33 +69,23 @@ static int64_t stride_of(const DLTensor *tensor, int axis) {
   return stride;
 }
 
-char *view_at(const view *of, int64_t index) {
-  int64_t offset = 0;
-  for (int axis = of->leading - 1; axis >= 0 && index > 0; axis--) {
-    const int64_t extent = of->tensor->shape[axis];
-    offset += index % extent * stride_of(of->tensor, axis);
-    index /= extent;
-  }
-  return of->data + offset * of->bytes;
-}
-
 int64_t count_positions(const DLTensor *logits, int leading) {
   int64_t count = 1;
   for (int i = 0; i < leading; i++) count *= logits->shape[i];
   return count;
 }
 
-/* What every tensor must be: on the CPU, in memory, aligned to its elements, with sizes whose
- * product is a number. */
+/* What every tensor must be: on a processor or a GPU, in memory, aligned to its elements, with
+ * sizes whose product is a number. */
 static opdc_status check_tensor(const char *name, const DLTensor *tensor, view *out,
                                 opdc_error *error) {
   const int bytes = (tensor->dtype.bits * tensor->dtype.lanes + 7) / 8;
   int64_t elements = 1;
   int empty = 0;
-  if (tensor->device.device_type != kDLCPU)
+  if (tensor->device.device_type != kDLCPU && tensor->device.device_type != kDLCUDA)
     return fail(error, OPDC_INVALID_TYPE,
-                "%s: got a tensor on device type %d; opdc works on the CPU: pass %s.cpu()", name,
-                (int)tensor->device.device_type, name);
+                "%s: got a tensor on device type %d; opdc works on CPUs and CUDA: pass %s.cpu()",
+                name, (int)tensor->device.device_type, name);
   for (int i = 0; i < tensor->ndim; i++) {
     if (tensor->shape[i] < 0)
       return fail(error, OPDC_INVALID_VALUE, "%s: got a negative size, %lld", name,
@@ -125,6 +115,51 @@ static opdc_status check_tensor(const char *name, const DLTensor *tensor, view *
   return OPDC_OK;
 }
 
+static const char *text_of_device(DLDevice device, char *room, size_t bytes) {
+  if (device.device_type == kDLCPU) return "the CPU";
+  snprintf(room, bytes, "cuda:%d", (int)device.device_id);
+  return room;
+}
+
+static opdc_status check_device(const char *name, const DLTensor *tensor, DLDevice wanted,
+                                opdc_error *error) {
+  char mine[24], others[24];
+  if (tensor->device.device_type == wanted.device_type &&
+      (wanted.device_type == kDLCPU || tensor->device.device_id == wanted.device_id))
+    return OPDC_OK;
+  return fail(error, OPDC_INVALID_TYPE, "%s: got a tensor on %s, want it on %s; move it there",
+              name, text_of_device(tensor->device, mine, sizeof mine),
+              text_of_device(wanted, others, sizeof others));
+}
+
+opdc_status check_on_processor(const char *name, const view *of, opdc_error *error) {
+  return check_device(name, of->tensor, (DLDevice){kDLCPU, 0}, error);
+}
+
+/* The position axes of a checked tensor. */
+static opdc_status set_leading(const char *name, int leading, view *out, opdc_error *error) {
+  out->leading = leading;
+  out->axes = 0;
+  for (int axis = leading - 1; axis >= 0; axis--) {
+    const int64_t extent = out->tensor->shape[axis];
+    const int64_t stride = stride_of(out->tensor, axis) * out->bytes;
+    const int last = out->axes - 1;
+    if (extent == 1) continue;
+    if (last >= 0 && stride == out->strides[last] * out->extents[last]) {
+      out->extents[last] *= extent;
+      continue;
+    }
+    if (out->axes == VIEW_AXES)
+      return fail(error, OPDC_INVALID_VALUE,
+                  "%s: got more than %d axes that do not lie one after the other in memory; pass "
+                  "%s.contiguous()",
+                  name, VIEW_AXES, name);
+    out->extents[out->axes] = extent;
+    out->strides[out->axes++] = stride;
+  }
+  return OPDC_OK;
+}
+
 opdc_status check_logits(const char *name, const DLTensor *tensor, view *out, opdc_error *error) {
   if (!tensor)
     return fail(error, OPDC_INVALID_TYPE, "%s: got None, want logits of shape (..., vocabulary)",
@@ -143,7 +178,7 @@ opdc_status check_logits(const char *name, const DLTensor *tensor, view *out, op
         error, OPDC_INVALID_VALUE,
         "%s: got shape %s with an empty vocabulary; the last axis must have at least one id", name,
         text_of_shape(tensor->shape, tensor->ndim).text);
-  out->leading = tensor->ndim - 1;
+  TRY(set_leading(name, tensor->ndim - 1, out, error));
   if (tensor->shape[out->leading] > 1 && stride_of(tensor, out->leading) != 1)
     return fail(error, OPDC_INVALID_VALUE,
                 "%s: got stride %lld in the last axis, want 1; pass %s.contiguous()", name,
@@ -192,6 +227,7 @@ opdc_status check_apart(const char *name, const view *rows, opdc_error *error) {
 opdc_status check_output(const char *name, const DLTensor *tensor, const view *like, view *out,
                          opdc_error *error) {
   TRY(check_logits(name, tensor, out, error));
+  TRY(check_device(name, tensor, like->tensor->device, error));
   if (tensor->ndim != like->tensor->ndim || !same_shape(tensor, like->tensor, tensor->ndim))
     return fail(error, OPDC_INVALID_VALUE, "%s: got shape %s, want %s, that of the student", name,
                 text_of_shape(tensor->shape, tensor->ndim).text,
@@ -205,18 +241,19 @@ opdc_status check_output(const char *name, const DLTensor *tensor, const view *l
 static opdc_status check_positions(const char *name, const DLTensor *tensor, const view *logits,
                                    view *out, opdc_error *error) {
   TRY(check_tensor(name, tensor, out, error));
-  out->leading = tensor->ndim;
+  TRY(check_device(name, tensor, logits->tensor->device, error));
   if (tensor->ndim != logits->leading || !same_shape(tensor, logits->tensor, tensor->ndim))
     return fail(error, OPDC_INVALID_VALUE,
                 "%s: got shape %s, want %s, one for each position of the student's logits", name,
                 text_of_shape(tensor->shape, tensor->ndim).text,
                 text_of_shape(logits->tensor->shape, logits->leading).text);
-  return OPDC_OK;
+  return set_leading(name, tensor->ndim, out, error);
 }
 
 opdc_status check_teacher(const DLTensor *tensor, const view *student, view *out,
                           opdc_error *error) {
   TRY(check_logits("teacher", tensor, out, error));
+  TRY(check_device("teacher", tensor, student->tensor->device, error));
   if (tensor->ndim != student->tensor->ndim)
     return fail(error, OPDC_INVALID_VALUE,
                 "teacher: got logits with %d axes, the student has %d; "
@@ -288,7 +325,7 @@ opdc_status check_slot_tensor(const char *name, const DLTensor *tensor, const vi
   *out = (view){0};
   if (!tensor) return fail(error, OPDC_INVALID_TYPE, "%s: got None, want a tensor (..., K)", name);
   TRY(check_tensor(name, tensor, out, error));
-  out->leading = tensor->ndim - 1;
+  TRY(check_device(name, tensor, logits->tensor->device, error));
   if (of_ids ? !is_type(tensor, kDLInt, 64) && !is_type(tensor, kDLInt, 32)
              : !floating_type(tensor, &out->type))
     return fail(error, OPDC_INVALID_TYPE, "%s: got dtype %s, want %s", name,
@@ -300,6 +337,7 @@ opdc_status check_slot_tensor(const char *name, const DLTensor *tensor, const vi
                 "student's logits",
                 name, text_of_shape(tensor->shape, tensor->ndim).text,
                 text_of_shape(logits->tensor->shape, logits->leading).text);
+  TRY(set_leading(name, tensor->ndim - 1, out, error));
   if (tensor->shape[out->leading] > 1 && stride_of(tensor, out->leading) != 1)
     return fail(error, OPDC_INVALID_VALUE,
                 "%s: got stride %lld in the last axis, want 1; pass a contiguous tensor", name,
@@ -330,6 +368,7 @@ opdc_status check_rows(const char *name, const DLTensor *tensor, const view *lik
                 text_of_type(tensor->dtype),
                 of_ids ? "int64 or int32 ids; convert it with .long()"
                        : "float32, float64, bfloat16 or float16; convert it with .float()");
+  TRY(check_device(name, tensor, like ? like->tensor->device : (DLDevice){kDLCPU, 0}, error));
   out->leading = tensor->ndim - 1;
   const int axes = like ? like->leading + 1 : width >= 0 ? 2 : tensor->ndim > 0 ? tensor->ndim : 1;
   const int is_wrong = tensor->ndim != axes ||
@@ -349,6 +388,7 @@ opdc_status check_rows(const char *name, const DLTensor *tensor, const view *lik
     return fail(error, OPDC_INVALID_VALUE,
                 "%s: got shape %s, want rows of %lld for the positions %s", name, got.text,
                 (long long)width, text_of_shape(like->tensor->shape, like->leading).text);
+  TRY(set_leading(name, tensor->ndim - 1, out, error));
   if (tensor->shape[out->leading] > 1 && stride_of(tensor, out->leading) != 1)
     return fail(error, OPDC_INVALID_VALUE,
                 "%s: got stride %lld in the last axis, want 1; pass %s.contiguous()", name,
@@ -356,13 +396,14 @@ opdc_status check_rows(const char *name, const DLTensor *tensor, const view *lik
   return OPDC_OK;
 }
 
-opdc_status check_doubles(const char *name, const DLTensor *tensor, int64_t rows, int64_t columns,
-                          double **out, opdc_error *error) {
+opdc_status check_doubles(const char *name, const DLTensor *tensor, const view *like, int64_t rows,
+                          int64_t columns, double **out, opdc_error *error) {
   view at = {0};
   const int axes = rows < 0 ? 1 : 2;
   const int64_t wanted[2] = {rows < 0 ? columns : rows, columns};
   if (!tensor) return fail(error, OPDC_INVALID_TYPE, "%s: got None, want a float64 tensor", name);
   TRY(check_tensor(name, tensor, &at, error));
+  TRY(check_device(name, tensor, like ? like->tensor->device : (DLDevice){kDLCPU, 0}, error));
   if (!is_type(tensor, kDLFloat, 64))
     return fail(error, OPDC_INVALID_TYPE, "%s: got dtype %s, want float64", name,
                 text_of_type(tensor->dtype));
@@ -380,7 +421,8 @@ opdc_status check_value(const char *name, const DLTensor *tensor, const view *lo
   if (!tensor) return fail(error, OPDC_INVALID_TYPE, "%s: got None, want a floating tensor", name);
   if (per_position) return check_numbers(name, tensor, logits, out, error);
   TRY(check_tensor(name, tensor, out, error));
-  out->leading = 0;
+  TRY(check_device(name, tensor, logits->tensor->device, error));
+  TRY(set_leading(name, 0, out, error));
   if (!floating_type(tensor, &out->type))
     return fail(error, OPDC_INVALID_TYPE, "%s: got dtype %s, want a floating dtype", name,
                 text_of_type(tensor->dtype));

@@ -2,8 +2,8 @@
 #ifndef OPDC_CHECK_H
 #define OPDC_CHECK_H
 
-#include "dtypes.h"
 #include "opdc.h"
+#include "view.h"
 
 /* Fills the error and returns the status. `message` says: the argument: what came; what is
  * wanted; the fix. */
@@ -18,30 +18,10 @@ opdc_status fail(opdc_error *error, opdc_status status, const char *message, ...
     if (try_status != OPDC_OK) return try_status;                                                  \
   } while (0)
 
-/* A tensor of one value, or one row, for each position. */
-typedef struct view {
-  const DLTensor *tensor; /* NULL: absent */
-  char *data;
-  dtype type; /* of floating tensors */
-  int bytes;
-  int leading; /* number of position axes */
-} view;
-
-/* The address of position `index`, counted in row-major order over the position axes. */
-char *view_at(const view *of, int64_t index);
-
-static inline double view_number(const view *of, int64_t index, double absent) {
-  return of->tensor ? load_element(view_at(of, index), of->type, 0) : absent;
-}
-
-/* Whether a mask holds; `absent` where there is none. */
-static inline int view_flag(const view *of, int64_t index, int absent) {
-  return of->tensor ? *view_at(of, index) != 0 : absent;
-}
-
 int64_t count_positions(const DLTensor *logits, int leading);
 
-/* (..., V) logits: any floating dtype of the list, on the CPU, last stride 1. */
+/* (..., V) logits: any floating dtype of the list, last stride 1. The first tensor of a call, on a
+ * processor or a GPU; all that are checked against it must be where it is. */
 opdc_status check_logits(const char *name, const DLTensor *tensor, view *out, opdc_error *error);
 /* The teacher's logits, for the positions of the student's. */
 opdc_status check_teacher(const DLTensor *tensor, const view *student, view *out,
@@ -70,17 +50,23 @@ opdc_status check_number_lists(const char *name, const DLTensor *tensor, const v
                                int64_t count, view *out, opdc_error *error);
 /* Rows of any size, 0 too, last stride 1: (..., width) for the positions, and the axes, of `like`.
  * Without a width of at least 0 any one is right; without `like` (V, width), or (...) and any
- * width. Ids are int64 or int32. */
+ * width, on the processor. Ids are int64 or int32. */
 opdc_status check_rows(const char *name, const DLTensor *tensor, const view *like, int64_t width,
                        int of_ids, view *out, opdc_error *error);
 /* No two rows overlap: what is written to. */
 opdc_status check_apart(const char *name, const view *rows, opdc_error *error);
-/* A contiguous float64 tensor of `count` elements (or rows of them). */
-opdc_status check_doubles(const char *name, const DLTensor *tensor, int64_t rows, int64_t columns,
-                          double **out, opdc_error *error);
+/* A contiguous float64 tensor of `columns` elements (or rows of them), where `like` is; without it
+ * on the processor. */
+opdc_status check_doubles(const char *name, const DLTensor *tensor, const view *like, int64_t rows,
+                          int64_t columns, double **out, opdc_error *error);
 /* A number for the whole call, shape (); or one for each position. Output or input. */
 opdc_status check_value(const char *name, const DLTensor *tensor, const view *logits,
                         int per_position, view *out, opdc_error *error);
+
+/* Whether the tensors of a call are on a GPU: then nobody looks at their values. */
+static inline int is_on_gpu(const view *of) { return of->tensor->device.device_type == kDLCUDA; }
+/* For what only a processor does. */
+opdc_status check_on_processor(const char *name, const view *of, opdc_error *error);
 
 /* At least 1. */
 opdc_status check_threads(int threads, opdc_error *error);
@@ -88,9 +74,5 @@ opdc_status check_threads(int threads, opdc_error *error);
 opdc_status check_uniform(double uniform, int64_t position, opdc_error *error);
 /* log2(e) / T must be a number, and so must the T-fold of the lowest exponent. */
 opdc_status check_temperature(double temperature, int is_double, opdc_error *error);
-
-static inline int64_t token_at(const view *of, int64_t index) {
-  return load_id(view_at(of, index), of->bytes, 0);
-}
 
 #endif

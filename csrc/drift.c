@@ -2,11 +2,12 @@
 #include <math.h>
 
 #include "check.h"
-#include "kernels.h"
+#include "cuda/calls.h"
+#include "rowwise.h"
 
 opdc_status opdc_drift_gate(const DLTensor *logprobs, const DLTensor *old_logprobs,
                             const DLTensor *mask, int64_t block, double kappa,
-                            const DLTensor *weights, opdc_error *error) {
+                            const DLTensor *weights, const opdc_device *device, opdc_error *error) {
   view now = {0}, old = {0}, active = {0}, out = {0};
   const instruction_set *set;
   error->message[0] = 0;
@@ -28,38 +29,17 @@ opdc_status opdc_drift_gate(const DLTensor *logprobs, const DLTensor *old_logpro
   if (!(kappa >= 0 && kappa < INFINITY))
     return fail(error, OPDC_INVALID_VALUE, "kappa: got %g, want a finite number of at least 0",
                 kappa);
-  const int64_t positions = count_positions(logprobs, logprobs->ndim);
-  const int64_t length = logprobs->ndim && logprobs->shape[logprobs->ndim - 1] > 0
-                             ? logprobs->shape[logprobs->ndim - 1]
-                             : 1;
-  double total = 0, count = 0;
-  /* twice: the mean of all gates is known only after all of them */
-  for (int writing = 0; writing < 2; writing++) {
-    for (int64_t start = 0; start < positions; start += length) {
-      int64_t from = start;
-      while (from < start + length && !view_flag(&active, from, 1)) {
-        if (writing) store_element(view_at(&out, from), out.type, 0, 0);
-        from++;
-      }
-      for (int64_t to; from < start + length; from = to) {
-        double drift = 0, here = 0, gate;
-        to = from + block < start + length ? from + block : start + length;
-        for (int64_t i = from; i < to; i++) {
-          if (!view_flag(&active, i, 1)) continue;
-          drift += view_number(&now, i, 0) - view_number(&old, i, 0);
-          here += 1;
-        }
-        gate = here > 0 ? set->f64.drift(drift / here, kappa) : 0;
-        if (!writing) {
-          total += here * gate;
-          count += here;
-        }
-        for (int64_t i = from; writing && i < to; i++) {
-          const double weight = view_flag(&active, i, 1) ? gate / (total / count) : 0;
-          store_element(view_at(&out, i), out.type, 0, weight);
-        }
-      }
-    }
-  }
+  const int64_t length = logprobs->ndim ? logprobs->shape[logprobs->ndim - 1] : 1;
+  const gating at = {&set->f64,
+                     now,
+                     old,
+                     active,
+                     out,
+                     count_positions(logprobs, logprobs->ndim),
+                     length > 0 ? length : 1,
+                     block,
+                     kappa};
+  if (is_on_gpu(&now)) return gpu_drift(&at, device, error);
+  gate_all(&at);
   return OPDC_OK;
 }

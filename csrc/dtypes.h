@@ -5,6 +5,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "language.h"
+
 /* X(name, DLPack type code, bits) */
 #define OPDC_DTYPES(X)                                                                             \
   X(f32, kDLFloat, 32)                                                                             \
@@ -29,7 +31,7 @@ static inline float float_of_bf16(uint16_t half) {
   return x;
 }
 
-static inline float float_of_f16(uint16_t half) {
+OUTLINED_INLINE float float_of_f16(uint16_t half) {
   const uint32_t sign = (uint32_t)(half & 0x8000u) << 16, magnitude = half & 0x7fffu;
   uint32_t bits;
   float x;
@@ -53,7 +55,7 @@ static inline uint16_t bf16_of_float(float x) {
   return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
-static inline uint16_t f16_of_float(float x) {
+OUTLINED_INLINE uint16_t f16_of_float(float x) {
   uint32_t bits, sign;
   memcpy(&bits, &x, sizeof bits);
   sign = bits >> 16 & 0x8000u;
@@ -89,7 +91,7 @@ static inline float float_to_odd(double x) {
 }
 
 /* Element `index` of a vector. */
-static inline double load_element(const void *from, dtype type, int64_t index) {
+OUTLINED_INLINE double load_element(const void *from, dtype type, int64_t index) {
   switch (type) {
   case dtype_f64: return ((const double *)from)[index];
   case dtype_f32: return (double)((const float *)from)[index];
@@ -100,7 +102,7 @@ static inline double load_element(const void *from, dtype type, int64_t index) {
 }
 
 /* Rounded once, whatever the dtype. */
-static inline void store_element(void *to, dtype type, int64_t index, double x) {
+OUTLINED_INLINE void store_element(void *to, dtype type, int64_t index, double x) {
   switch (type) {
   case dtype_f64: ((double *)to)[index] = x; break;
   case dtype_f32: ((float *)to)[index] = (float)x; break;

@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "dtypes.h"
+#include "language.h"
 #include "opdc.h"
 #include "select.h"
 
@@ -35,31 +36,54 @@ typedef enum token_rule {
   token_aopd
 } token_rule;
 
+/* What decides which code a row takes, in lists of X(type, name). A program for a GPU may be
+ * compiled for some values of them: they are constants there then, and other code is none of it. */
+#define ROW_RULES(X)                                                                               \
+  X(element_rule, element)                                                                         \
+  X(token_rule, token)                                                                             \
+  X(opdc_support, support)                                                                         \
+  X(int, is_slice)     /* of the vocabulary, from the id `first` on */                             \
+  X(int, student_mass) /* wanted: the normaliser over the vocabulary, */                           \
+  X(int, teacher_mass)                                                                             \
+  X(int, log_ratio)  /* these for the loss or as metrics, */                                       \
+  X(int, reverse_kl) /* which need the exact log-ratio, */                                         \
+  X(int, forward_kl)                                                                               \
+  X(int, entropy)                                                                                  \
+  X(int, square)  /* the second moment of the log-ratio, for a blend, */                           \
+  X(int, overlap) /* and this as a metric */
+#define ROW_TYPES(X) X(dtype, student_type) X(dtype, teacher_type)
+
+#define FIELD(type, name) type name;
+#define FIXED_FIELD(type, name)                                                                    \
+  static constexpr type name = (type)OPDC_FIXED_##name;                                            \
+  type name##_given;
+
 /* The constants of a call. */
 typedef struct row_call {
-  element_rule element;
-  token_rule token;
+#if OPDC_FIXED_RULES
+  ROW_RULES(FIXED_FIELD)
+#else
+  ROW_RULES(FIELD)
+#endif
+#if OPDC_FIXED_TYPES
+  ROW_TYPES(FIXED_FIELD)
+#else
+  ROW_TYPES(FIELD)
+#endif
   opdc_settings settings;
   double teacher_weight, student_weight; /* of a mixture; neither is had from the other, near 1 */
   opdc_advantage advantage;
-  opdc_support support;
   opdc_normalize normalize;
   opdc_region region;
   opdc_outlier outlier;
   int64_t k;          /* ids of the support, or slots of a sparse teacher */
   int64_t width;      /* V */
   int64_t vocabulary; /* ids in use, at most V */
-  int is_slice;       /* the row holds a part of the vocabulary, */
-  int64_t first;      /* from this id on; tokens and supports are counted from it */
-  dtype student_type, teacher_type, slot_type;
-  int slot_bytes; /* of an id of a sparse teacher */
+  int64_t first;      /* of a slice; tokens and supports are counted from it */
+  dtype slot_type;    /* of a sparse teacher, */
+  int slot_bytes;     /* and of an id of it */
   int is_double;
   int has_old, has_reference, has_tail;
-  int student_mass, teacher_mass; /* wanted: the normaliser over the vocabulary */
-  int log_ratio, reverse_kl, forward_kl,
-      entropy; /* wanted, for the loss or as metrics; the KLs need the exact log-ratio */
-  int square;  /* wanted: the second moment of the log-ratio, for a blend */
-  int overlap; /* wanted as a metric */
 } row_call;
 
 /* One position. */
@@ -189,9 +213,9 @@ typedef struct sampling {
 /* One position. */
 typedef struct sampling_input {
   const void *student, *teacher; /* no teacher: the student alone */
-  double epsilon;
-  int64_t draft;      /* drawn from the student; -1: none */
-  double uniforms[2]; /* to accept the draft, and to correct it; or the first to draw */
+  double epsilon;                /* NaN: the position has no result */
+  int64_t draft;                 /* drawn from the student; -1: none */
+  double uniforms[2];            /* to accept the draft, and to correct it; or the first to draw */
 } sampling_input;
 
 /* What comes out of a position: the columns of opdc.h, in their order, and the token. */
@@ -205,6 +229,8 @@ typedef struct sampled {
                  */
 } sampled;
 
+#define MASS_BINS 4096
+
 /* What a thread has to itself: rows of V numbers of the arithmetic, and what belongs to the blocks
  * of a row. */
 typedef struct sampling_workspace {
@@ -213,6 +239,7 @@ typedef struct sampling_workspace {
   void *kept, *teacher_kept; /* kept_bytes(vocabulary) each */
   mass *student_blocks, *teacher_blocks, *blend_blocks;
   double *block_masses;
+  double *bins;     /* MASS_BINS, to find the mass top_p */
   void *candidates; /* candidates_of(vocabulary, k) of them, or, to find the mass top_p, one
                        `weighed` for each id */
 } sampling_workspace;
@@ -222,6 +249,10 @@ typedef struct weighed {
   double value, weight;
   int64_t id;
 } weighed;
+
+/* What a team of a GPU has to itself (team.h): four arrays of a block, and a line that puts the
+ * arrays of neighbours in different banks of the shared memory. */
+#define TEAM_BYTES (4 * BLOCK_BYTES + 64)
 
 typedef struct row_kernels {
   /* everything that takes a pass over the row, and what follows from it without the other rows */
@@ -273,6 +304,13 @@ typedef struct row_kernels {
   void (*widen)(const void *from, dtype type, int64_t width, void *to);
   void (*narrow)(const void *from, dtype type, int64_t width, void *to);
 } row_kernels;
+
+/* A row kernel: of an instruction set, or, on a GPU, of the program that this text is part of. */
+#if OPDC_ON_DEVICE
+#  define ROW_KERNEL(at, name) ROW_##name
+#else
+#  define ROW_KERNEL(at, name) ((at)->kernels->name)
+#endif
 
 #define GATHER_AHEAD                                                                               \
   4 /* rows that are worked on together, and rows between prefetching and use                      \

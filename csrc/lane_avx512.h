@@ -50,6 +50,7 @@ static inline float group_sum(const lane *parts) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
+static inline float lane_value(lane a) { return _mm512_cvtss_f32(a); }
 static inline float lane_maximum(lane a) {
   const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(a), lane_upper_half(a));
   const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));

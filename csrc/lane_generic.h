@@ -99,6 +99,8 @@ static inline float group_sum(const lane *parts) {
     for (int i = 0; i < apart; i++) a.at[i] += a.at[i + apart];
   return a.at[0];
 }
+/* The number of a lane that has it in all places. */
+static inline float lane_value(lane a) { return a.at[0]; }
 static inline float lane_maximum(lane a) {
   for (int i = 1; i < LANES; i++) a.at[0] = a.at[0] > a.at[i] ? a.at[0] : a.at[i];
   return a.at[0];

@@ -45,6 +45,7 @@ static inline float group_sum(const lane *parts) {
   const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
   return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
 }
+static inline float lane_value(lane a) { return vgetq_lane_f32(a, 0); }
 static inline float lane_maximum(lane a) {
   const lane two = lane_max(a, vextq_f32(a, a, 2));
   return vgetq_lane_f32(lane_max(two, vextq_f32(two, two, 1)), 0);

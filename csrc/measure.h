@@ -4,8 +4,8 @@
 #define OPDC_MEASURE_H
 
 /* The masses of a row or a slice, and what else comes with them. */
-static void measure_masses(const row_call *call, const row_input *input, row *out,
-                           const workspace *work) {
+OUTLINED void measure_masses(const row_call *call, const row_input *input, row *out,
+                             const workspace *work) {
   const int by_student = call->support == OPDC_STUDENT,
             by_teacher = has_support(call) && !by_student;
   const int with_teacher = input->teacher && call->teacher_mass;
@@ -18,12 +18,12 @@ static void measure_masses(const row_call *call, const row_input *input, row *ou
     out->student = measure_one(call, input->student, call->student_type, also);
 }
 
-static double teacher_at_top(const row_call *call, const row_input *input, const row *from) {
+OUTLINED double teacher_at_top(const row_call *call, const row_input *input, const row *from) {
   return load_element(input->teacher, call->teacher_type, first_largest(call, from));
 }
 
 /* What follows from the masses of the whole row. */
-static void judge_masses(const row_call *call, const row_input *input, row *out) {
+OUTLINED void judge_masses(const row_call *call, const row_input *input, row *out) {
   if (1 + out->student.rest == 0)
     out->student.rest = NAN; /* no id that exists: a row without a loss */
   if (input->teacher && 1 + out->teacher.rest == 0) out->teacher.rest = NAN;
@@ -34,12 +34,12 @@ static void judge_masses(const row_call *call, const row_input *input, row *out)
     out->divergence = NAN;
 }
 
-static int has_mixture(const row_call *call, const row *of) {
+OUTLINED int has_mixture(const row_call *call, const row *of) {
   return keeps_derivatives(call) && of->divergence == of->divergence;
 }
 
-static void measure_whole(const row_call *call, const row_input *input, row *out,
-                          const workspace *work) {
+OUTLINED void measure_whole(const row_call *call, const row_input *input, row *out,
+                            const workspace *work) {
   measure_masses(call, input, out, work);
   judge_masses(call, input, out);
   if (!has_mixture(call, out)) return;
@@ -49,8 +49,8 @@ static void measure_whole(const row_call *call, const row_input *input, row *out
 
 /* What the logits z and t of the token make of a measured row; without a teacher's logits t is not
  * read. */
-static void measure_token(const row_call *call, const row_input *input, double z, double t,
-                          row *out) {
+OUTLINED void measure_token(const row_call *call, const row_input *input, double z, double t,
+                            row *out) {
   const double inverse = (double)temperature_of(call).inverse;
   out->token_logprob = logprob_of(z, &out->student, inverse);
   out->token_rest = z == out->student.maximum ? out->student.rest / (1 + out->student.rest)
@@ -60,17 +60,17 @@ static void measure_token(const row_call *call, const row_input *input, double z
 }
 
 /* What a row is before anything is measured of it. */
-static void begin_row(const row_input *input, row *out) {
-  out->teacher = (mass){NAN, NAN, NAN, NAN};
+OUTLINED void begin_row(const row_input *input, row *out) {
+  out->teacher = MAKE(mass){NAN, NAN, NAN, NAN};
   out->reverse_kl = out->forward_kl = NAN;
   out->compared = !input->prefix;
 }
 
-static double token_logit(const void *logits, dtype type, int64_t token) {
+OUTLINED double token_logit(const void *logits, dtype type, int64_t token) {
   return logits ? load_element(logits, type, token) : (double)NAN;
 }
 
-static void measure(const row_call *call, const row_input *input, row *out, workspace *work) {
+OUTLINED void measure(const row_call *call, const row_input *input, row *out, workspace *work) {
   begin_row(input, out);
   if (call->student_mass) measure_whole(call, input, out, work);
   if (input->token >= 0 && call->student_mass)
@@ -80,16 +80,16 @@ static void measure(const row_call *call, const row_input *input, row *out, work
   if (has_support(call) && !input->prefix) measure_support(call, input, out, work);
 }
 
-static void keep(const row_call *call, const row_input *input, const row *from, workspace *work) {
+OUTLINED void keep(const row_call *call, const row_input *input, const row *from, workspace *work) {
   row again = *from;
-  if (!is_finite(from->loss)) return;
+  if (!is_finite(from->loss) || (!work->kept && !has_support(call))) return;
   if (has_support(call)) {
     again.support_student = again.support_teacher = 0;
     measure(call, input, &again, work);
   } else if (keeps_derivatives(call)) {
     (void)sum_mixture(call, input, &again, work->kept);
   } else {
-    (void)measure_one(call, input->student, call->student_type, (besides){.kept = work->kept});
+    (void)measure_one(call, input->student, call->student_type, MAKE(besides){.kept = work->kept});
   }
 }
 

@@ -7,40 +7,6 @@
 #  include <sys/mman.h>
 #endif
 
-static size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
-/* The parts of a thread's memory, by their size. */
-typedef struct memory_parts {
-  size_t kept, candidates, entries, gathered;
-} memory_parts;
-
-static memory_parts parts_of(const plan *at) {
-  const size_t number = at->constants.is_double ? sizeof(double) : sizeof(float);
-  const row_call *of = &at->constants;
-  memory_parts parts = {0};
-  if (at->with_gradient && of->student_mass) parts.kept = kept_bytes(of->vocabulary, number);
-  if (has_support(of)) {
-    parts.candidates =
-        whole_lines((size_t)candidates_of(of->vocabulary, of->k + 1) * sizeof(candidate));
-    parts.entries = whole_lines((size_t)(of->k + 1) * sizeof(support_entry));
-    parts.gathered = whole_lines((size_t)(at->slices * (of->k + 1)) * sizeof(support_entry));
-  }
-  return parts;
-}
-
-workspace workspace_of(const plan *at, int thread) {
-  const memory_parts parts = parts_of(at);
-  char *memory;
-  if (!at->memory) return (workspace){0};
-  memory = at->memory + (size_t)thread * at->memory_bytes;
-  char *const candidates = memory + parts.kept, *const entries = candidates + parts.candidates,
-              *const gathered = entries + parts.entries;
-  return (workspace){.kept = parts.kept ? memory : NULL,
-                     .candidates = (candidate *)(void *)candidates,
-                     .entries = (support_entry *)(void *)entries,
-                     .gathered = (support_entry *)(void *)gathered};
-}
-
 opdc_status reserve_memory(plan *at, int64_t slices, opdc_error *error) {
   const int64_t team = at->call->threads < at->positions ? at->call->threads : at->positions;
   at->slices = slices;

@@ -7,7 +7,6 @@
 /* Room for each thread, in at->memory, which the caller frees; for `slices` of the vocabulary where
  * they are combined, else 0. */
 opdc_status reserve_memory(plan *at, int64_t slices, opdc_error *error);
-workspace workspace_of(const plan *at, int thread);
 
 /* A fresh output of many pages costs more in page faults than in arithmetic: ask for huge ones
  * before the first touch. */

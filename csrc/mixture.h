@@ -30,100 +30,135 @@ typedef struct mixture_sums {
   double value, others, top, excess;
 } mixture_sums;
 
-/* The sums over a row or a slice, and the derivatives if they are to be kept. */
-SPECIALISED mixture_sums mixture_pass(const row_call *call, const row_input *input, const row *from,
-                                      void *kept, const element_rule rule, double log_ratio,
-                                      const int separate, mixture_reference reference) {
-  const row_constants constants = constants_of(call, from, log_ratio);
+/* The sums of a block, and its derivatives into `u`, which may be at->p. */
+SPECIALISED mixture_sums mixture_block(const row_call *call, const row_input *input,
+                                       const row_constants *constants, int64_t start, int64_t top,
+                                       block *at, real *u, const element_rule rule,
+                                       const int separate, mixture_reference reference) {
   const mixture_weights weights = {(real)call->teacher_weight, (real)call->student_weight};
-  const int64_t top = first_largest(call, from);
+  const int count = block_length(start, call->vocabulary);
+  const real *x = block_at(input->student, call->student_type, start, count, at->x);
+  const real *y = block_at(input->teacher, call->teacher_type, start, count, at->y);
+  const next_block ahead = block_after(input->student, call->student_type, start);
+  const next_block ahead_of_teacher = block_after(input->teacher, call->teacher_type, start);
+  real *const high = at->x, *const ratio = at->y, *const gap = at->p, *const log_ratio = at->q;
   mixture_sums sums = {0, 0, 0, 0};
-  block at;
-  struct {
-    _Alignas(64) real high[BLOCK];
-    _Alignas(64) real ratio[BLOCK];
-    _Alignas(64) real gap[BLOCK];
-    _Alignas(64) real log_ratio[BLOCK];
-  } found;
-  for (int64_t start = 0; start < call->vocabulary; start += BLOCK) {
-    const int count = block_length(start, call->vocabulary);
-    const real *x = block_at(input->student, call->student_type, start, count, at.x);
-    const real *y = block_at(input->teacher, call->teacher_type, start, count, at.y);
-    const next_block ahead = block_after(input->student, call->student_type, start);
-    const next_block ahead_of_teacher = block_after(input->teacher, call->teacher_type, start);
-    real *u = kept ? kept_block(kept, start) : at.p;
-    group values = group_of(0), means = group_of(0), excesses = group_of(0);
-    /* In two loops: one would be a chain of dependent operations too long for the processor to
-     * overlap two of them. */
-    FOR_EACH_LANE(count) {
-      const lane left = lane_load(x + i), right = lane_load(y + i);
-      const pair_of_masses pair = pair_at(left, right, &constants);
-      prefetch(ahead, i, part);
-      prefetch(ahead_of_teacher, i, part);
-      group_add(&excesses, part, excess_of(pair));
-      lane_store(found.high + i, pair.high);
-      lane_store(found.ratio + i, pair.ratio);
-      lane_store(found.gap + i, pair.gap);
-      lane_store(found.log_ratio + i, log_ratio_of(left, right, constants.apart));
-    }
-    FOR_EACH_LANE(count) {
-      const lane d = lane_load(found.log_ratio + i);
-      const pair_of_masses pair = {.high = lane_load(found.high + i),
-                                   .ratio = lane_load(found.ratio + i),
-                                   .gap = lane_load(found.gap + i),
-                                   .distance = lane_abs(d),
-                                   .teacher_higher = lane_less(d, lane_set(0))};
-      const lane_mask exists = lane_less(lane_set(0), pair.high);
-      lane derivative;
-      const lane term = mixture_rule(rule, pair, weights, separate, reference, &derivative);
-      derivative = lane_keep(exists, lane_mul(pair.high, derivative));
-      group_add(&values, part, lane_keep(exists, lane_mul(pair.high, term)));
-      group_add(&means, part, derivative);
-      lane_store(u + i, derivative);
-    }
-    if (top >= start && top < start + count) {
-      const real derivative = u[top - start];
-      u[top - start] = 0;
-      means = group_of(0);
-      FOR_EACH_LANE(count) group_add(&means, part, lane_load(u + i));
-      u[top - start] = derivative;
-      sums.top = (double)derivative;
-    }
-    sums.value += (double)group_sum(values.part);
-    sums.others += (double)group_sum(means.part);
-    sums.excess += (double)group_sum(excesses.part);
+  group values = group_of(0), means = group_of(0), excesses = group_of(0);
+  /* In two loops: one would be a chain of dependent operations too long for the processor to
+   * overlap two of them. What the first leaves takes the place of what it has read. */
+  FOR_EACH_LANE(count) {
+    const lane left = lane_load(x + i), right = lane_load(y + i);
+    const pair_of_masses pair = pair_at(left, right, constants);
+    prefetch(ahead, i, part);
+    prefetch(ahead_of_teacher, i, part);
+    group_add(&excesses, part, excess_of(pair));
+    lane_store(high + i, pair.high);
+    lane_store(ratio + i, pair.ratio);
+    lane_store(gap + i, pair.gap);
+    lane_store(log_ratio + i, log_ratio_of(left, right, constants->apart));
   }
+  FOR_EACH_LANE(count) {
+    const lane d = lane_load(log_ratio + i);
+    const pair_of_masses pair = {.high = lane_load(high + i),
+                                 .ratio = lane_load(ratio + i),
+                                 .gap = lane_load(gap + i),
+                                 .distance = lane_abs(d),
+                                 .teacher_higher = lane_less(d, lane_set(0))};
+    const lane_mask exists = lane_less(lane_set(0), pair.high);
+    lane derivative;
+    const lane term = mixture_rule(rule, pair, weights, separate, reference, &derivative);
+    derivative = lane_keep(exists, lane_mul(pair.high, derivative));
+    group_add(&values, part, lane_keep(exists, lane_mul(pair.high, term)));
+    group_add(&means, part, derivative);
+    lane_store(u + i, derivative);
+  }
+  if (top >= start && top < start + count) {
+    team_sync();
+    const real derivative = u[top - start];
+    team_sync();
+    u[top - start] = 0;
+    means = group_of(0);
+    FOR_EACH_LANE(count) group_add(&means, part, lane_load(u + i));
+    team_sync();
+    u[top - start] = derivative;
+    sums.top = (double)derivative;
+  }
+  sums.value = (double)group_sum(values.part);
+  sums.others = (double)group_sum(means.part);
+  sums.excess = (double)group_sum(excesses.part);
   return sums;
 }
 
-/* `from` has the masses of the whole row. */
-static mixture_sums sum_mixture(const row_call *call, const row_input *input, const row *from,
-                                void *kept) {
+/* What the pass needs of the row's masses. */
+typedef struct mixture_frame {
+  double log_ratio;
+  int separate;
+  mixture_reference reference;
+} mixture_frame;
+
+OUTLINED mixture_frame mixture_frame_of(const row_call *call, const row *from) {
   const temperature T = temperature_of(call);
   const real ratio = (real)((1 + from->student.rest) / (1 + from->teacher.rest));
   const double log_ratio = log_ratio_of_masses(from->student, from->teacher, ratio, T);
   const double apart = from->student.maximum - from->teacher_at_top;
   const double top_ratio = SCALAR(exp)(log_ratio - apart * (double)T.inverse),
                mixture = call->student_weight + call->teacher_weight * top_ratio;
-  const int separate = top_ratio < 0.5;
-  const mixture_reference reference =
-      separate
-          ? (mixture_reference){(real)top_ratio, (real)SCALAR(log)(mixture), (real)(1 / mixture)}
-          : (mixture_reference){1, 0, 1};
-#define PASS(rule)                                                                                 \
-case rule:                                                                                         \
-  if (separate) return mixture_pass(call, input, from, kept, rule, log_ratio, 1, reference);       \
-  return mixture_pass(call, input, from, kept, rule, log_ratio, 0, reference)
-  switch (call->element) {
-    PASS(element_jsd);
-    PASS(element_skew_forward);
-    PASS(element_skew_reverse);
-  default: return (mixture_sums){0, 0, 0, 0};
-  }
-#undef PASS
+  mixture_frame frame = {log_ratio, top_ratio < 0.5, {1, 0, 1}};
+  if (frame.separate)
+    frame.reference =
+        MAKE(mixture_reference){(real)top_ratio, (real)SCALAR(log)(mixture), (real)(1 / mixture)};
+  return frame;
 }
 
-static void finish_mixture(const row_call *call, mixture_sums sums, row *out) {
+OUTLINED mixture_sums mixture_block_of(const row_call *call, const row_input *input,
+                                       const row_constants *constants, const mixture_frame *frame,
+                                       int64_t start, int64_t top, block *at, real *u) {
+#define BLOCK_OF(rule)                                                                             \
+case rule:                                                                                         \
+  if (frame->separate)                                                                             \
+    return mixture_block(call, input, constants, start, top, at, u, rule, 1, frame->reference);    \
+  return mixture_block(call, input, constants, start, top, at, u, rule, 0, frame->reference)
+  switch (call->element) {
+    BLOCK_OF(element_jsd);
+    BLOCK_OF(element_skew_forward);
+    BLOCK_OF(element_skew_reverse);
+  default: return MAKE(mixture_sums){0, 0, 0, 0};
+  }
+#undef BLOCK_OF
+}
+
+typedef struct batch_of_mixtures {
+  mixture_sums at[BATCH];
+} batch_of_mixtures;
+
+/* The sums over a row or a slice, and the derivatives if they are to be kept. `from` has the masses
+ * of the whole row. */
+OUTLINED mixture_sums sum_mixture(const row_call *call, const row_input *input, const row *from,
+                                  void *kept) {
+  const mixture_frame frame = mixture_frame_of(call, from);
+  const row_constants constants = constants_of(call, from, frame.log_ratio);
+  const int64_t top = first_largest(call, from);
+  mixture_sums sums = {0, 0, 0, 0};
+  TEAM_BLOCK(at);
+  ROW_SHARED(batch_of_mixtures, parts);
+  for (int64_t next = 0, end; next < call->vocabulary; next = end) {
+    end = batch_end(next, BATCH, call->vocabulary);
+    FOR_EACH_BLOCK(start, next, end)
+      parts->at[blocks_between(next, start)] = mixture_block_of(
+          call, input, &constants, &frame, start, top, at, kept ? kept_block(kept, start) : at->p);
+    row_sync();
+    for (int i = 0; i < blocks_between(next, end); i++) {
+      sums.value += parts->at[i].value;
+      sums.others += parts->at[i].others;
+      sums.top += parts->at[i].top;
+      sums.excess += parts->at[i].excess;
+    }
+    row_sync();
+  }
+  return sums;
+}
+
+OUTLINED void finish_mixture(const row_call *call, mixture_sums sums, row *out) {
   const double rest = out->student.rest;
   const double curvature =
       mixture_curvature(call->element, call->teacher_weight, call->student_weight);

@@ -39,6 +39,7 @@
 #define OPDC_H
 
 #include <dlpack/dlpack.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
@@ -49,12 +50,30 @@ typedef enum opdc_status {
   OPDC_OK = 0,
   OPDC_INVALID_VALUE = 1, /* a shape, a size, a number or a token id is wrong */
   OPDC_INVALID_TYPE = 2,  /* a dtype or a device is wrong */
-  OPDC_OUT_OF_MEMORY = 3  /* no room for the row of each thread */
+  OPDC_OUT_OF_MEMORY = 3, /* no room for the row of each thread, or on the GPU */
+  OPDC_FAILED = 4         /* a GPU, its driver or the compiler of its kernels */
 } opdc_status;
 
 typedef struct opdc_error {
   char message[512]; /* terminated by 0; empty when the status is OPDC_OK */
 } opdc_error;
+
+/* Where the work of a call on a GPU is queued, and whose memory it takes. The tensors of a call are
+ * all on the CPU or all on one GPU (CUDA; compute capability 7.0 or newer), but for settings. There
+ *
+ *   nothing waits: a function returns when its work is queued;
+ *   the results are those of the CPU, bit for bit;
+ *   nobody looks at values beforehand: where a CPU call has an error that names a position (an id
+ *   that is none, a uniform outside [0, 1)), that position has the result of a NaN kind of row.
+ *
+ * Kernels are compiled at their first use, by the NVRTC library, and kept on disk. */
+typedef struct opdc_device {
+  void *stream; /* CUstream */
+  /* Memory of the device, aligned to 256 bytes, that may be used by what is queued on the stream
+   * until the call returns; NULL: there is none. */
+  void *(*allocate)(void *context, size_t bytes);
+  void *context;
+} opdc_device;
 
 /* The losses. The list itself, with the formula of each, is OPDC_METHODS in rules.h. */
 typedef int opdc_method;
@@ -164,6 +183,7 @@ typedef struct opdc_call {
   int64_t valid_vocab; /* both softmaxes run over ids 0 .. valid_vocab-1, the gradient beyond is 0;
                           0: the whole of V, which must then be the same in both models */
   int threads;         /* at least 1 */
+  const opdc_device *device; /* of tensors on a GPU; NULL otherwise */
 } opdc_call;
 
 /* What is kept of a position between its loss and its gradient: doubles only, so that a float64
@@ -262,7 +282,7 @@ opdc_status opdc_finish_gradient(const opdc_call *call, const opdc_slice *slice,
  * Rows whose factor is 1 are copied (left alone in place); a factor 0 gives 0 unless the row has
  * NaN or infinity. */
 opdc_status opdc_scale(const DLTensor *gradient, const DLTensor *upstream, const DLTensor *output,
-                       int threads, opdc_error *error);
+                       int threads, const opdc_device *device, opdc_error *error);
 
 /* The k largest logits of each row, the larger first, of equal ones the lower id; never -inf.
  *
@@ -272,7 +292,7 @@ opdc_status opdc_scale(const DLTensor *gradient, const DLTensor *upstream, const
  * A NaN kind of row gives ids -1 and log-probs NaN. Reads the logits once from memory. */
 opdc_status opdc_topk(const DLTensor *logits, double temperature, int64_t valid_vocab,
                       const DLTensor *ids, const DLTensor *logprobs, int threads,
-                      opdc_error *error);
+                      const opdc_device *device, opdc_error *error);
 
 /* What a token is drawn from: the student, or the behaviour policy of a trust region (TRB, arXiv
  * 2605.31159), its blend with a teacher
@@ -300,6 +320,7 @@ typedef struct opdc_sampling {
   double top_p;                     /* in (0, 1] */
   int64_t top_k;                    /* at least 1; 0: all ids */
   int64_t valid_vocab;              /* as in opdc_call */
+  const opdc_device *device;        /* of tensors on a GPU; NULL otherwise */
   int64_t student_eos, teacher_eos; /* in both models the mass of the second goes to the first, and
                                        a draft of the second counts as the first; -1 in both: no */
   int threads;
@@ -339,7 +360,7 @@ opdc_status opdc_blend(const opdc_sampling *call, const DLTensor *logprobs, cons
  *   weights                 (...) float32 or float64, written; 0 where inactive */
 opdc_status opdc_drift_gate(const DLTensor *logprobs, const DLTensor *old_logprobs,
                             const DLTensor *mask, int64_t block, double kappa,
-                            const DLTensor *weights, opdc_error *error);
+                            const DLTensor *weights, const opdc_device *device, opdc_error *error);
 
 /* The sparse head: the logits of a few ids of each position, from its last hidden state and the
  * rows of the head that the ids name. No other row of the head is read, and nothing of the size of

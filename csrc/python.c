@@ -7,7 +7,9 @@
 #include <limits.h>
 #include <Python.h>
 #include <stdbool.h>
+#include <stdlib.h>
 
+#include "cuda/driver.h"
 #include "opdc.h"
 
 enum { MAX_AXES = 64 }; /* neither torch nor NumPy has more */
@@ -30,6 +32,7 @@ typedef struct parameter {
 typedef struct tensor {
   DLTensor view; /* its shape and strides are the copies below */
   bool given;
+  const DLPackExchangeAPI *api;    /* of its type, or NULL */
   DLManagedTensorVersioned *owner; /* of an export by __dlpack__, NULL otherwise */
   DLManagedTensor *old_owner;      /* the same from a producer older than DLPack 1.0 */
   int64_t shape[MAX_AXES];
@@ -142,11 +145,13 @@ static int export_by_protocol(const module_state *state, PyObject *object, const
 static int borrow(const module_state *state, PyObject *object, const parameter *wanted,
                   tensor *out) {
   out->given = false;
+  out->api = NULL;
   out->owner = NULL;
   out->old_owner = NULL;
   if (object == Py_None && wanted->optional) return 0;
 
   const DLPackExchangeAPI *api = exchange_api_of(state, object);
+  out->api = api;
   if (api) {
     if (api->dltensor_from_py_object_no_sync(object, &out->view) != 0)
       return refuse_export(wanted->name);
@@ -211,6 +216,7 @@ static PyObject *none_or_error(opdc_status status, const opdc_error *error) {
   if (status == OPDC_OK) Py_RETURN_NONE;
   PyErr_SetString(status == OPDC_INVALID_TYPE    ? PyExc_TypeError
                   : status == OPDC_OUT_OF_MEMORY ? PyExc_MemoryError
+                  : status == OPDC_FAILED        ? PyExc_RuntimeError
                                                  : PyExc_ValueError,
                   error->message);
   return NULL;
@@ -266,11 +272,55 @@ enum {
   CALL_ARGUMENTS = 1 + CALL_TENSOR_COUNT + CALL_INTEGER_COUNT
 };
 
-/* All tensors of one call of loss or gradient: first those of CALL_TENSORS, then its own. */
+/* All tensors of one call of loss or gradient: first those of CALL_TENSORS, then its own. And,
+ * where they are on a GPU, what their library says of it, and the memory that the call has taken.
+ */
 typedef struct borrowed {
   tensor tensors[CALL_TENSOR_COUNT + 8];
-  int count; /* to be given back */
+  int count;            /* to be given back */
+  const tensor *on_gpu; /* one of them, or NULL */
+  opdc_device device;
+  DLManagedTensorVersioned *memory[8];
+  int memory_count;
 } borrowed;
+
+static void fail_to_allocate(void *context, const char *kind, const char *message) {
+  (void)context, (void)kind, (void)message; /* the core says what it had wanted */
+}
+
+/* Called without the GIL, which the allocators of libraries do not need, but their errors may. */
+static void *allocate(void *context, size_t bytes) {
+  borrowed *b = context;
+  enum { MOST = sizeof b->memory / sizeof b->memory[0] };
+  int64_t size = (int64_t)bytes;
+  DLManagedTensorVersioned *memory = NULL;
+  DLTensor wanted = {
+      .device = b->on_gpu->view.device, .ndim = 1, .dtype = {kDLUInt, 8, 1}, .shape = &size};
+  if (b->memory_count == MOST) return NULL;
+  const PyGILState_STATE gil = PyGILState_Ensure();
+  const int failed =
+      b->on_gpu->api->managed_tensor_allocator(&wanted, &memory, NULL, fail_to_allocate);
+  if (failed) PyErr_Clear();
+  PyGILState_Release(gil);
+  if (failed || !memory) return NULL;
+  b->memory[b->memory_count++] = memory;
+  return (char *)memory->dl_tensor.data + memory->dl_tensor.byte_offset;
+}
+
+static const opdc_device *device_of(const borrowed *b) { return b->on_gpu ? &b->device : NULL; }
+
+static int find_device(borrowed *b) {
+  for (int i = 0; i < b->count && !b->on_gpu; ++i) {
+    const tensor *of = &b->tensors[i];
+    if (!of->given || !of->api || of->view.device.device_type != kDLCUDA) continue;
+    if (!of->api->current_work_stream || !of->api->managed_tensor_allocator) continue;
+    b->on_gpu = of;
+    b->device = (opdc_device){.allocate = allocate, .context = b};
+    if (of->api->current_work_stream(kDLCUDA, of->view.device.device_id, &b->device.stream) != 0)
+      return -1;
+  }
+  return 0;
+}
 
 static int borrow_all(const module_state *state, PyObject *const *objects, const parameter *wanted,
                       int count, borrowed *b) {
@@ -278,7 +328,15 @@ static int borrow_all(const module_state *state, PyObject *const *objects, const
     tensor *next = &b->tensors[b->count++];
     if (borrow(state, objects[i], &wanted[i], next) < 0) return -1;
   }
-  return 0;
+  return find_device(b);
+}
+
+/* Memory that was taken for the call goes back to an allocator that follows its stream: whoever
+ * gets it next is queued behind the call. */
+static void give_all_back(borrowed *b) {
+  for (int i = 0; i < b->memory_count; ++i)
+    if (b->memory[i]->deleter) b->memory[i]->deleter(b->memory[i]);
+  give_back(b->tensors, b->count);
 }
 
 static int read_call(const module_state *state, PyObject *const *arguments, borrowed *b,
@@ -296,6 +354,7 @@ static int read_call(const module_state *state, PyObject *const *arguments, borr
 #define TENSOR(name, optional) call->name = view_of(next++);
   CALL_TENSORS(TENSOR)
 #undef TENSOR
+  call->device = device_of(b);
   return 0;
 }
 
@@ -316,7 +375,7 @@ static PyObject *loss(PyObject *module, PyObject *const *arguments, Py_ssize_t c
                                       {"metrics", true, true}};
   if (expect_arguments("loss", count, CALL_ARGUMENTS + 5) < 0) return NULL;
   const module_state *state = PyModule_GetState(module);
-  borrowed b = {.count = 0};
+  borrowed b = {.count = 0, .on_gpu = NULL, .memory_count = 0};
   opdc_call call;
   opdc_error error;
   opdc_status status = OPDC_OK;
@@ -329,7 +388,7 @@ static PyObject *loss(PyObject *module, PyObject *const *arguments, Py_ssize_t c
                                               view_of(&outputs[2]), view_of(&outputs[3]), &error);
     Py_END_ALLOW_THREADS
   }
-  give_back(b.tensors, b.count);
+  give_all_back(&b);
   return failed ? NULL : none_or_error(status, &error);
 }
 
@@ -342,7 +401,7 @@ static PyObject *gradient(PyObject *module, PyObject *const *arguments, Py_ssize
       {"rows", false, false}, {"upstream", false, false}, {"gradient", false, true}};
   if (expect_arguments("gradient", count, CALL_ARGUMENTS + 4) < 0) return NULL;
   const module_state *state = PyModule_GetState(module);
-  borrowed b = {.count = 0};
+  borrowed b = {.count = 0, .on_gpu = NULL, .memory_count = 0};
   opdc_call call;
   opdc_error error;
   opdc_status status = OPDC_OK;
@@ -355,7 +414,7 @@ static PyObject *gradient(PyObject *module, PyObject *const *arguments, Py_ssize
         opdc_gradient(&call, view_of(&own[0]), view_of(&own[1]), view_of(&own[2]), &error);
     Py_END_ALLOW_THREADS
   }
-  give_back(b.tensors, b.count);
+  give_all_back(&b);
   return failed ? NULL : none_or_error(status, &error);
 }
 
@@ -398,7 +457,7 @@ static PyObject *run_phase(PyObject *module, const char *name, phase *run,
   if (expect_arguments(name, count, SLICE_ARGUMENTS + 1) < 0) return NULL;
   const module_state *state = PyModule_GetState(module);
   PyObject *const *own = arguments + CALL_ARGUMENTS;
-  borrowed b = {.count = 0};
+  borrowed b = {.count = 0, .on_gpu = NULL, .memory_count = 0};
   opdc_call call;
   opdc_slice slice;
   opdc_error error;
@@ -422,7 +481,7 @@ static PyObject *run_phase(PyObject *module, const char *name, phase *run,
     Py_BEGIN_ALLOW_THREADS status = run(&call, &slice, &error);
     Py_END_ALLOW_THREADS
   }
-  give_back(b.tensors, b.count);
+  give_all_back(&b);
   return failed ? NULL : none_or_error(status, &error);
 }
 
@@ -448,7 +507,7 @@ PHASES(PHASE)
 /* What the phases of a call need: the columns of parts, and opdc_slice_looks. */
 static PyObject *slice_needs(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
   if (expect_arguments("slice_needs", count, CALL_ARGUMENTS + 1) < 0) return NULL;
-  borrowed b = {.count = 0};
+  borrowed b = {.count = 0, .on_gpu = NULL, .memory_count = 0};
   opdc_call call;
   long long columns = 0;
   int looks = 0;
@@ -459,7 +518,7 @@ static PyObject *slice_needs(PyObject *module, PyObject *const *arguments, Py_ss
     columns = opdc_slice_columns(&call, with_metrics);
     looks = opdc_slice_looks(&call);
   }
-  give_back(b.tensors, b.count);
+  give_all_back(&b);
   return failed ? NULL : Py_BuildValue("(Lii)", columns, looks & 1, looks >> 1);
 }
 
@@ -471,18 +530,19 @@ static PyObject *scale(PyObject *module, PyObject *const *arguments, Py_ssize_t 
       {"gradient", false, false}, {"upstream", false, false}, {"output", false, true}};
   if (expect_arguments("scale", count, 4) < 0) return NULL;
   const module_state *state = PyModule_GetState(module);
-  borrowed b = {.count = 0};
+  borrowed b = {.count = 0, .on_gpu = NULL, .memory_count = 0};
   opdc_error error;
   opdc_status status = OPDC_OK;
   int threads;
   int failed = read_int(arguments[3], "threads", 1, &threads) < 0 ||
                borrow_all(state, arguments, TENSORS, 3, &b) < 0;
   if (!failed) {
-    Py_BEGIN_ALLOW_THREADS status = opdc_scale(view_of(&b.tensors[0]), view_of(&b.tensors[1]),
-                                               view_of(&b.tensors[2]), threads, &error);
+    Py_BEGIN_ALLOW_THREADS status =
+        opdc_scale(view_of(&b.tensors[0]), view_of(&b.tensors[1]), view_of(&b.tensors[2]), threads,
+                   device_of(&b), &error);
     Py_END_ALLOW_THREADS
   }
-  give_back(b.tensors, b.count);
+  give_all_back(&b);
   return failed ? NULL : none_or_error(status, &error);
 }
 
@@ -496,7 +556,7 @@ static PyObject *topk(PyObject *module, PyObject *const *arguments, Py_ssize_t c
   if (expect_arguments("topk", count, 6) < 0) return NULL;
   const module_state *state = PyModule_GetState(module);
   const double temperature = PyFloat_AsDouble(arguments[1]);
-  borrowed b = {.count = 0};
+  borrowed b = {.count = 0, .on_gpu = NULL, .memory_count = 0};
   opdc_error error;
   opdc_status status = OPDC_OK;
   long long valid_vocab;
@@ -509,10 +569,10 @@ static PyObject *topk(PyObject *module, PyObject *const *arguments, Py_ssize_t c
   if (!failed) {
     Py_BEGIN_ALLOW_THREADS status =
         opdc_topk(view_of(&b.tensors[0]), temperature, valid_vocab, view_of(&b.tensors[1]),
-                  view_of(&b.tensors[2]), threads, &error);
+                  view_of(&b.tensors[2]), threads, device_of(&b), &error);
     Py_END_ALLOW_THREADS
   }
-  give_back(b.tensors, b.count);
+  give_all_back(&b);
   return failed ? NULL : none_or_error(status, &error);
 }
 
@@ -549,6 +609,7 @@ static int read_sampling(const module_state *state, PyObject *const *arguments, 
   call->epsilon = view_of(&b->tensors[2]);
   call->drafts = view_of(&b->tensors[3]);
   call->uniforms = view_of(&b->tensors[4]);
+  call->device = device_of(b);
   return 0;
 }
 
@@ -560,7 +621,7 @@ static PyObject *run_sampler(PyObject *module, const char *name, sampler *run, c
   const parameter outputs[] = {{first, false, true}, {"columns", false, true}};
   if (expect_arguments(name, count, SAMPLING_ARGUMENTS + 3) < 0) return NULL;
   const module_state *state = PyModule_GetState(module);
-  borrowed b = {.count = 0};
+  borrowed b = {.count = 0, .on_gpu = NULL, .memory_count = 0};
   opdc_sampling call;
   opdc_error error;
   opdc_status status = OPDC_OK;
@@ -572,7 +633,7 @@ static PyObject *run_sampler(PyObject *module, const char *name, sampler *run, c
     Py_BEGIN_ALLOW_THREADS status = run(&call, view_of(&own[0]), view_of(&own[1]), &error);
     Py_END_ALLOW_THREADS
   }
-  give_back(b.tensors, b.count);
+  give_all_back(&b);
   return failed ? NULL : none_or_error(status, &error);
 }
 
@@ -604,7 +665,7 @@ static PyObject *drift_gate(PyObject *module, PyObject *const *arguments, Py_ssi
   if (expect_arguments("drift_gate", count, 6) < 0) return NULL;
   const module_state *state = PyModule_GetState(module);
   const double kappa = PyFloat_AsDouble(arguments[5]);
-  borrowed b = {.count = 0};
+  borrowed b = {.count = 0, .on_gpu = NULL, .memory_count = 0};
   opdc_error error;
   opdc_status status = OPDC_OK;
   long long block;
@@ -614,10 +675,10 @@ static PyObject *drift_gate(PyObject *module, PyObject *const *arguments, Py_ssi
   if (!failed) {
     Py_BEGIN_ALLOW_THREADS status =
         opdc_drift_gate(view_of(&b.tensors[0]), view_of(&b.tensors[1]), view_of(&b.tensors[2]),
-                        block, kappa, view_of(&b.tensors[3]), &error);
+                        block, kappa, view_of(&b.tensors[3]), device_of(&b), &error);
     Py_END_ALLOW_THREADS
   }
-  give_back(b.tensors, b.count);
+  give_all_back(&b);
   return failed ? NULL : none_or_error(status, &error);
 }
 
@@ -633,7 +694,7 @@ static PyObject *gathered_logits(PyObject *module, PyObject *const *arguments, P
                                       {"logits", false, true}};
   if (expect_arguments("gathered_logits", count, 6) < 0) return NULL;
   const module_state *state = PyModule_GetState(module);
-  borrowed b = {.count = 0};
+  borrowed b = {.count = 0, .on_gpu = NULL, .memory_count = 0};
   opdc_error error;
   opdc_status status = OPDC_OK;
   int threads;
@@ -646,7 +707,7 @@ static PyObject *gathered_logits(PyObject *module, PyObject *const *arguments, P
                              view_of(&of[4]), threads, &error);
     Py_END_ALLOW_THREADS
   }
-  give_back(b.tensors, b.count);
+  give_all_back(&b);
   return failed ? NULL : none_or_error(status, &error);
 }
 
@@ -662,7 +723,7 @@ static PyObject *gathered_gradient(PyObject *module, PyObject *const *arguments,
       {"weight_gradient", true, true},  {"bias_gradient", true, true}};
   if (expect_arguments("gathered_gradient", count, 9) < 0) return NULL;
   const module_state *state = PyModule_GetState(module);
-  borrowed b = {.count = 0};
+  borrowed b = {.count = 0, .on_gpu = NULL, .memory_count = 0};
   opdc_error error;
   opdc_status status = OPDC_OK;
   int threads;
@@ -675,7 +736,7 @@ static PyObject *gathered_gradient(PyObject *module, PyObject *const *arguments,
         view_of(&of[5]), view_of(&of[6]), view_of(&of[7]), threads, &error);
     Py_END_ALLOW_THREADS
   }
-  give_back(b.tensors, b.count);
+  give_all_back(&b);
   return failed ? NULL : none_or_error(status, &error);
 }
 
@@ -729,6 +790,40 @@ static PyObject *instruction_set(PyObject *module, PyObject *unused) {
 static PyObject *instruction_sets(PyObject *module, PyObject *unused) {
   (void)module, (void)unused;
   return texts(opdc_instruction_set_available, UINT64_MAX);
+}
+
+static const char *cuda_program_name(int index) { return cuda_programs[index]; }
+
+static PyObject *cuda_program_names(PyObject *module, PyObject *unused) {
+  (void)module, (void)unused;
+  return texts(cuda_program_name, UINT64_MAX);
+}
+
+static const char CUDA_COMPILE_DOC[] =
+    "cuda_compile($module, program, is_double, variant, capability, /)\n--\n\n"
+    "The machine code of a program for GPUs of a compute capability, 90 for 9.0.";
+
+static PyObject *compile_for_cuda(PyObject *module, PyObject *const *arguments, Py_ssize_t count) {
+  (void)module;
+  int capability;
+  if (expect_arguments("cuda_compile", count, 4) < 0 ||
+      read_int(arguments[3], "capability", 0, &capability) < 0)
+    return NULL;
+  const char *const program = PyUnicode_AsUTF8AndSize(arguments[0], NULL);
+  const int is_double = PyObject_IsTrue(arguments[1]);
+  const char *const variant = PyUnicode_AsUTF8AndSize(arguments[2], NULL);
+  if (!program || is_double < 0 || !variant) return NULL;
+  char *code;
+  size_t bytes;
+  opdc_error error;
+  opdc_status status;
+  Py_BEGIN_ALLOW_THREADS status =
+      cuda_compile(program, is_double, variant, capability, &code, &bytes, &error);
+  Py_END_ALLOW_THREADS if (status != OPDC_OK) return none_or_error(status, &error);
+  PyObject *out = PyBytes_FromStringAndSize(code, (Py_ssize_t)bytes);
+  free(code);
+  if (*error.message && PyErr_WarnEx(PyExc_RuntimeWarning, error.message, 1) < 0) Py_CLEAR(out);
+  return out;
 }
 
 /* ------------------------------------------------------------ module */
@@ -810,6 +905,9 @@ static PyMethodDef FUNCTIONS[] = {
      "instruction_set($module, /)\n--\n\nThe instruction set in use."},
     {"instruction_sets", instruction_sets, METH_NOARGS,
      "instruction_sets($module, /)\n--\n\nThose that this processor offers, the slowest first."},
+    {"cuda_compile", FASTCALL(compile_for_cuda), CUDA_COMPILE_DOC},
+    {"cuda_programs", cuda_program_names, METH_NOARGS,
+     "cuda_programs($module, /)\n--\n\nThe names of the programs for GPUs."},
     {NULL, NULL, 0, NULL}};
 
 static PyModuleDef_Slot SLOTS[] = {{Py_mod_exec, (void *)execute},

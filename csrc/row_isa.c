@@ -16,18 +16,8 @@
 #define SCALAR(name) JOIN(scalar_##name, OPDC_ISA)
 #define KERNEL(name) JOIN(kernel_##name, OPDC_ISA)
 
-/* Doubles for what happens once a row, from the same polynomials; defined by the double file. */
-double SCALAR(exp)(double x);
-double SCALAR(expm1)(double x);
-double SCALAR(log)(double x);
-double SCALAR(log1p)(double x);
-double SCALAR(bregman)(double d);
-void KERNEL(describe)(const row_call *call, const row_input *input, row *at);
-double KERNEL(drift)(double mean, double kappa);
-void KERNEL(select)(const row_call *call, row *at);
-void KERNEL(settle)(const row_call *call, const row_input *input, row *at);
-double KERNEL(support)(const row_call *call, support_entry *entries, int64_t count,
-                       double student_tail, double teacher_tail, double *spread);
+/* Doubles for what happens once a row; defined by the double file. */
+#include "scalar_declarations.h"
 
 /* Inlined always, so that every dtype and rule it is called with makes a loop of its own,
  * without branches. */
@@ -50,6 +40,8 @@ typedef float real;
 
 #include "rules.h"
 
+#include "team.h"
+
 #include "row.h"
 
 #include "mixture.h"
@@ -69,49 +61,7 @@ typedef float real;
 #include "gathered.h"
 
 #if OPDC_F64
-
-double SCALAR(exp)(double x) {
-  if (x > 700) { /* beyond the largest power of two: in two steps */
-    const double half = x < 1500 ? SCALAR(exp)(x / 2) : INFINITY;
-    return half * half;
-  }
-  return exponential(bounded_exponent(x, base_of(LOG2_E)), base_of(LOG2_E));
-}
-
-double SCALAR(bregman)(double d) { return fabs(d) < 0.5 ? bregman(d) : SCALAR(exp)(-d) - 1 + d; }
-
-double SCALAR(expm1)(double x) { return fabs(x) < 0.5 ? bregman(-x) + x : SCALAR(exp)(x) - 1; }
-
-double SCALAR(log)(double x) {
-  double scale, exponent, f;
-  if (x < 0x1p-1000)
-    return x > 0 ? SCALAR(log)(x * 0x1p200) - 200 / LOG2_E : x == 0 ? -INFINITY : NAN;
-  if (!(x < INFINITY)) return x;
-  exponent = lane_exponent(x, &scale);
-  f = x * scale - 1;
-  return fma(exponent, LN_2_HIGH, fma(exponent, LN_2_LOW, f - log1p_remainder(f)));
-}
-
-double SCALAR(log1p)(double v) {
-  if (v <= -1) return v == -1 ? -INFINITY : NAN;
-  if (v > 1) return SCALAR(log)(1 + v); /* v itself would drown the digits of its log */
-  if (!(v < INFINITY)) return v;
-  return v - log1p_remainder(v);
-}
-
-void KERNEL(describe)(const row_call *call, const row_input *input, row *at) {
-  describe_rule(call, input, at);
-}
-double KERNEL(drift)(double mean, double kappa) { return drift_rule(mean, kappa); }
-void KERNEL(select)(const row_call *call, row *at) { selection_rule(call, at); }
-double KERNEL(support)(const row_call *call, support_entry *entries, int64_t count,
-                       double student_tail, double teacher_tail, double *spread) {
-  return support_rule(call, entries, count, (support_tail){student_tail, teacher_tail}, spread);
-}
-void KERNEL(settle)(const row_call *call, const row_input *input, row *at) {
-  token_rule_of(call, input, at);
-}
-
+#  include "scalar.h"
 #endif
 
 #if OPDC_F64

@@ -67,9 +67,9 @@ SPECIALISED kl_terms kl_rule(lane p, lane q, lane d, const int masked) {
   const lane near_reverse = lane_mul(p, bregman(d)), far_excess = lane_sub(p, q);
   const lane near_excess = lane_sub(pd, near_reverse);
   const lane near_forward = lane_fma(near_excess, d, lane_sub(zero, near_reverse));
-  return (kl_terms){.reverse = lane_select(near, near_reverse, lane_sub(pd, far_excess)),
-                    .forward = lane_select(near, near_forward, lane_sub(far_excess, qd)),
-                    .excess = lane_select(near, near_excess, far_excess)};
+  return MAKE(kl_terms){.reverse = lane_select(near, near_reverse, lane_sub(pd, far_excess)),
+                        .forward = lane_select(near, near_forward, lane_sub(far_excess, qd)),
+                        .excess = lane_select(near, near_excess, far_excess)};
 }
 
 /* --- Divergences from a mixture ------------------------------------------------------------------
@@ -199,8 +199,8 @@ typedef struct support_tail {
 } support_tail;
 
 #  if OPDC_F64
-static inline double support_rule(const row_call *call, support_entry *entries, int64_t count,
-                                  support_tail tail, double *spread) {
+OUTLINED_INLINE double support_rule(const row_call *call, support_entry *entries, int64_t count,
+                                    support_tail tail, double *spread) {
   const int reverse = call->element == element_reverse_kl, jsd = call->element == element_jsd;
   const int with_tail = call->normalize == OPDC_TAIL, both = call->normalize == OPDC_BOTH;
   const int sparse = call->slot_bytes != 0;
@@ -298,7 +298,7 @@ static inline double advantage_rule(const row_call *call, const row_input *input
 }
 
 /* What follows from a measured row before any rule is chosen. */
-static inline void describe_rule(const row_call *call, const row_input *input, row *at) {
+OUTLINED_INLINE void describe_rule(const row_call *call, const row_input *input, row *at) {
   at->student_entropy = entropy_of(&at->student);
   at->teacher_entropy = input->teacher ? entropy_of(&at->teacher) : input->teacher_entropy;
   at->k3 = SCALAR(bregman)(-at->token_log_ratio);
@@ -311,13 +311,13 @@ typedef struct policy {
   double loss, token_coefficient, clipped;
 } policy;
 
-static inline policy policy_rule(const row_call *call, const row_input *input, const row *at,
-                                 double advantage) {
+OUTLINED policy policy_rule(const row_call *call, const row_input *input, const row *at,
+                            double advantage) {
   const double rho = call->has_old ? SCALAR(exp)(at->token_logprob - input->old_logprob) : 1;
   const double low = 1 - call->settings.clip_low, high = 1 + call->settings.clip_high;
   const double bounded = rho < low ? low : rho > high ? high : rho;
   const double plain = 0 - advantage * rho, clipped = 0 - advantage * bounded;
-  return clipped > plain ? (policy){clipped, 0, 1} : (policy){plain, plain, 0};
+  return clipped > plain ? MAKE(policy){clipped, 0, 1} : MAKE(policy){plain, plain, 0};
 }
 
 /* The lowest reward of REOPOLD (arXiv 2603.11137): log of the ratio of a mixture n q + (1 - n) p to
@@ -326,7 +326,7 @@ static inline double floor_rule(double n) { return n == 1 ? -1 : SCALAR(log)(n) 
 
 /* Which positions REOPOLD keeps: those that the teacher does not reject, later those on which the
  * student is undecided. */
-static inline void selection_rule(const row_call *call, row *at) {
+OUTLINED_INLINE void selection_rule(const row_call *call, row *at) {
   const double floor = floor_rule(call->settings.mixture);
   if (at->token_log_ratio != at->token_log_ratio)
     at->selected = 0;
@@ -356,7 +356,7 @@ static inline void add_divergence(row *at, double weight) {
 
 /* TrOPD (arXiv 2606.01249): the policy term where the teacher trusts the token, with probability
  * min(q_y / p_y, 1); a forward KL on its top K, or less, elsewhere. */
-static inline void tropd_rule(const row_call *call, const row_input *input, row *at) {
+OUTLINED void tropd_rule(const row_call *call, const row_input *input, row *at) {
   const double R =
       call->has_old ? teacher_logprob_of(input, at) - input->old_logprob : at->token_log_ratio;
   const double given = call->settings.threshold;
@@ -392,7 +392,7 @@ static inline void tropd_rule(const row_call *call, const row_input *input, row 
 
 /* EOPD (arXiv 2603.07079): the policy term everywhere, and a forward KL where the teacher is
  * undecided. */
-static inline void eopd_rule(const row_call *call, const row_input *input, row *at) {
+OUTLINED void eopd_rule(const row_call *call, const row_input *input, row *at) {
   const double H = at->teacher_entropy, R = at->token_log_ratio;
   if (H != H || R != R) {
     at->loss = NAN;
@@ -405,7 +405,7 @@ static inline void eopd_rule(const row_call *call, const row_input *input, row *
 
 /* AOPD (arXiv 2605.06387): a forward KL where the teacher does not want more of the token than the
  * student gives it, q_y - p_y <= threshold, and the policy term elsewhere. */
-static inline void aopd_rule(const row_call *call, const row_input *input, row *at) {
+OUTLINED void aopd_rule(const row_call *call, const row_input *input, row *at) {
   const double R = at->token_log_ratio, p = SCALAR(exp)(at->token_logprob);
   const double gap = R < 1 ? p * SCALAR(expm1)(R) : SCALAR(exp)(teacher_logprob_of(input, at)) - p;
   if (gap != gap) {
@@ -420,13 +420,13 @@ static inline void aopd_rule(const row_call *call, const row_input *input, row *
 }
 
 /* REOPOLD: rewards not below the floor, on the positions that selection_rule keeps. */
-static inline void reopold_rule(const row_call *call, const row_input *input, row *at) {
+OUTLINED void reopold_rule(const row_call *call, const row_input *input, row *at) {
   const double R = at->token_log_ratio, floor = floor_rule(call->settings.mixture);
   add_policy(at, at->selected, policy_rule(call, input, at, R < floor ? floor : R));
   if (R != R) at->loss = NAN;
 }
 
-static inline void token_rule_of(const row_call *call, const row_input *input, row *at) {
+OUTLINED_INLINE void token_rule_of(const row_call *call, const row_input *input, row *at) {
   const double R = at->token_log_ratio;
   at->loss = at->divergence_coefficient = at->token_coefficient = at->clipped = 0;
   switch (call->token) {

@@ -4,29 +4,20 @@
 #include <string.h>
 
 #include "check.h"
-#include "kernels.h"
+#include "cuda/launch.h"
 #include "parallel.h"
-
-typedef struct sampling_plan {
-  const opdc_sampling *call;
-  const instruction_set *set;
-  sampling constants;
-  view student, teacher, epsilon, drafts, uniforms;
-  view tokens, columns, logprobs;
-  int64_t positions, block; /* all of them; those that one step of the loop takes in order */
-  char *memory;
-  size_t memory_bytes; /* of a thread */
-} sampling_plan;
+#include "sampling.h"
 
 static opdc_status check_call(const opdc_sampling *call, sampling_plan *out, opdc_error *error) {
   row_call *to = &out->constants.row;
   error->message[0] = 0;
   memset(out, 0, sizeof *out);
   out->call = call;
-  out->set = instruction_set_in_use(error);
-  if (!out->set) return OPDC_INVALID_VALUE;
+  const instruction_set *set = instruction_set_in_use(error);
+  if (!set) return OPDC_INVALID_VALUE;
   TRY(check_threads(call->threads, error));
   TRY(check_logits(call->teacher ? "student" : "logits", call->student, &out->student, error));
+  out->on_gpu = call->student->device.device_type == kDLCUDA;
   if (call->teacher) TRY(check_teacher(call->teacher, &out->student, &out->teacher, error));
   TRY(check_vocabulary(&out->student, &out->teacher, call->valid_vocab, &to->vocabulary, error));
   to->width = call->student->shape[out->student.leading];
@@ -34,6 +25,9 @@ static opdc_status check_call(const opdc_sampling *call, sampling_plan *out, opd
   to->teacher_type = out->teacher.type;
   to->is_double =
       out->student.type == dtype_f64 || (call->teacher && out->teacher.type == dtype_f64);
+  out->kernels = to->is_double ? &set->f64 : &set->f32;
+  out->doubles = &set->f64;
+  out->number = to->is_double ? (int)sizeof(double) : (int)sizeof(float);
   TRY(check_temperature(call->temperature, to->is_double, error));
   to->settings.temperature = call->temperature;
   to->log_ratio = to->reverse_kl = to->forward_kl = to->square = 1;
@@ -46,7 +40,7 @@ static opdc_status check_call(const opdc_sampling *call, sampling_plan *out, opd
   if (call->teacher && !call->epsilon)
     return fail(error, OPDC_INVALID_TYPE, "epsilon: got None, want a budget for each position");
   TRY(check_numbers("epsilon", call->epsilon, &out->student, &out->epsilon, error));
-  for (int64_t i = 0; i < out->positions && call->epsilon; i++) {
+  for (int64_t i = 0; i < out->positions && call->epsilon && !out->on_gpu; i++) {
     const double epsilon = view_number(&out->epsilon, i, 0);
     if (!(epsilon >= 0))
       return fail(error, OPDC_INVALID_VALUE,
@@ -72,7 +66,7 @@ static opdc_status check_drafts(sampling_plan *out, opdc_error *error) {
   if (!call->teacher)
     return fail(error, OPDC_INVALID_TYPE, "teacher: got None, want logits that judge the drafts");
   if (out->student.leading) out->block = call->student->shape[out->student.leading - 1];
-  for (int64_t i = 0; i < out->positions; i++) {
+  for (int64_t i = 0; i < out->positions && !out->on_gpu; i++) {
     const int64_t token = token_at(&out->drafts, i);
     if (token < 0 || token >= out->constants.row.vocabulary)
       return fail(error, OPDC_INVALID_VALUE,
@@ -91,9 +85,8 @@ static opdc_status check_uniforms(sampling_plan *out, opdc_error *error) {
     TRY(check_numbers("uniforms", call->uniforms, &out->student, &out->uniforms, error));
   else
     TRY(check_number_lists("uniforms", call->uniforms, &out->student, each, &out->uniforms, error));
-  for (int64_t i = 0; i < out->positions; i++)
-    for (int j = 0; j < each; j++)
-      TRY(check_uniform(load_element(view_at(&out->uniforms, i), out->uniforms.type, j), i, error));
+  for (int64_t i = 0; i < out->positions && !out->on_gpu; i++)
+    for (int j = 0; j < each; j++) TRY(check_uniform(uniform_at(out, i, j), i, error));
   return OPDC_OK;
 }
 
@@ -119,109 +112,74 @@ static opdc_status check_columns(const DLTensor *columns, sampling_plan *out, op
   return OPDC_OK;
 }
 
-/* The parts of a thread's memory, from `base` on, if it is there; and their size. A blend may be
- * done again in doubles. */
-static sampling_workspace lay_out(const sampling_plan *at, char *base, size_t *size) {
-  const row_call *of = &at->constants.row;
-  const size_t ids = (size_t)of->vocabulary,
-               number = at->call->teacher ? sizeof(double) : sizeof(float);
-  const size_t blocks = ids / (BLOCK_BYTES / sizeof(double)) + 1;
-  size_t used = 0;
-  sampling_workspace work = {0};
-#define PART(name, bytes)                                                                          \
-  work.name = base ? (void *)(base + used) : NULL;                                                 \
-  used += ((bytes) + 63) / 64 * 64
-  if (at->call->teacher) {
-    PART(student, ids * number);
-    PART(teacher, ids * number);
-    PART(blend, ids * number);
-    PART(kept, kept_bytes(of->vocabulary, number));
-    PART(teacher_kept, kept_bytes(of->vocabulary, number));
-    PART(teacher_blocks, blocks * sizeof(mass));
-    PART(blend_blocks, blocks * sizeof(mass));
-  }
-  PART(student_blocks, blocks * sizeof(mass));
-  PART(block_masses, blocks * sizeof(double));
-  PART(candidates, of->k > 0 ? (size_t)candidates_of(of->vocabulary, of->k) * sizeof(candidate)
-                   : at->constants.top_p < 1 ? ids * sizeof(weighed)
-                                             : 1);
-#undef PART
-  *size = used;
-  return work;
+/* A row of float32 that no float32 beta meets is done again in doubles. */
+typedef struct sampling_plans {
+  sampling_plan at, again;
+} sampling_plans;
+
+static sampling_plans plans_of(const sampling_plan *at) {
+  sampling_plans both = {*at, *at};
+  both.again.kernels = at->doubles;
+  both.again.number = (int)sizeof(double);
+  (void)sampling_workspace_of(&both.at, NULL, &both.at.memory_bytes);
+  (void)sampling_workspace_of(&both.again, NULL, &both.again.memory_bytes);
+  return both;
 }
 
-static opdc_status reserve(sampling_plan *at, opdc_error *error) {
-  const int64_t steps = at->block ? at->positions / at->block : 0;
-  const int64_t team = at->call->threads < steps ? at->call->threads : steps;
-  (void)lay_out(at, NULL, &at->memory_bytes);
-  if (team == 0) return OPDC_OK;
-  at->memory = malloc((size_t)team * at->memory_bytes);
-  if (!at->memory)
-    return fail(error, OPDC_OUT_OF_MEMORY, "out of memory: no room for the rows of %lld threads",
-                (long long)team);
-  return OPDC_OK;
-}
-
-static sampling_input sampling_input_at(const sampling_plan *at, int64_t index) {
-  sampling_input input = {.student = view_at(&at->student, index), .draft = -1};
-  if (at->teacher.tensor) input.teacher = view_at(&at->teacher, index);
-  input.epsilon = view_number(&at->epsilon, index, 0);
-  if (at->drafts.tensor) {
-    input.draft = token_at(&at->drafts, index);
-    if (input.draft == at->constants.teacher_eos) input.draft = at->constants.student_eos;
-  }
-  for (int i = 0; at->uniforms.tensor && i < 1 + (input.draft >= 0); i++)
-    input.uniforms[i] = load_element(view_at(&at->uniforms, index), at->uniforms.type, i);
-  return input;
-}
-
-static const sampled nothing_sampled = {NAN, NAN, NAN, NAN, NAN, NAN, .token = -1};
-
-static sampled run(const sampling_plan *at, int in_doubles, int64_t index,
-                   const sampling_workspace *work) {
-  const row_kernels *kernels = in_doubles ? &at->set->f64 : &at->set->f32;
-  const sampling_input input = sampling_input_at(at, index);
-  sampled out = nothing_sampled;
-  out.valid = 1;
-  if (at->logprobs.tensor)
-    kernels->blend(&at->constants, &input, work, &out, at->logprobs.type,
-                   view_at(&at->logprobs, index));
-  else
-    kernels->sample(&at->constants, &input, work, &out);
-  return out;
-}
-
-static void sample_block(void *context, int64_t step, int thread) {
-  const sampling_plan *at = context;
-  size_t size;
+static void sample_step(void *context, int64_t step, int thread) {
+  const sampling_plans *both = context;
+  const sampling_plan *at = &both->at, *again = &both->again;
+  size_t bytes;
   const sampling_workspace work =
-      lay_out(at, at->memory + (size_t)thread * at->memory_bytes, &size);
+      sampling_workspace_of(again, again->memory + (size_t)thread * again->memory_bytes, &bytes);
   int is_void = 0;
   for (int64_t index = step * at->block; index < (step + 1) * at->block; index++) {
-    sampled out = nothing_sampled;
-    if (!is_void) out = run(at, at->constants.row.is_double, index, &work);
+    sampled out = nothing_sampled();
+    if (!is_void) out = sample_position(at, index, &work);
     if (out.is_unmet && !at->constants.row.is_double) {
       const double evaluations = out.evaluations;
-      out = run(at, 1, index, &work);
+      out = sample_position(again, index, &work);
       out.evaluations += evaluations;
     }
-    const double numbers[OPDC_SAMPLE_COLUMNS] = {
-        out.logprob,    out.student_logprob, out.teacher_logprob, out.beta,       out.student_kl,
-        out.teacher_kl, out.accepted,        out.valid,           out.evaluations};
-    for (int i = 0; i < OPDC_SAMPLE_COLUMNS; i++)
-      store_element(view_at(&at->columns, index), at->columns.type, i, numbers[i]);
-    if (at->tokens.tensor) *(int64_t *)(void *)view_at(&at->tokens, index) = out.token;
+    store_sampled(at, index, &out);
     is_void |= at->drafts.tensor && out.accepted == 0;
   }
 }
 
-static opdc_status sample_all(sampling_plan *at, opdc_error *error) {
-  TRY(reserve(at, error));
-  if (at->positions > 0)
-    for_each_row(at->positions / at->block, at->block * at->constants.row.width, at->call->threads,
-                 sample_block, at);
-  free(at->memory);
+static opdc_status sample_on_processor(const sampling_plan *at, opdc_error *error) {
+  sampling_plans both = plans_of(at);
+  const int64_t steps = step_count(at);
+  const int64_t team = at->call->threads < steps ? at->call->threads : steps;
+  both.again.memory = malloc((size_t)team * both.again.memory_bytes);
+  if (!both.again.memory)
+    return fail(error, OPDC_OUT_OF_MEMORY, "out of memory: no room for the rows of %lld threads",
+                (long long)team);
+  for_each_row(steps, at->block * at->constants.row.width, at->call->threads, sample_step, &both);
+  free(both.again.memory);
   return OPDC_OK;
+}
+
+/* Nobody waits for the GPU to say which rows are to be done again: a second launch looks for them,
+ * and has the memory of the first one, for fewer thread blocks. */
+static opdc_status sample_on_gpu(const sampling_plan *at, opdc_error *error) {
+  sampling_plans both = plans_of(at);
+  const int is_double = at->constants.row.is_double;
+  gpu where;
+  TRY(gpu_find(at->call->device, &at->student, &where, error));
+  const int64_t blocks = gpu_row_blocks(&where, step_count(at));
+  const size_t wanted = (size_t)blocks * both.at.memory_bytes,
+               bytes = wanted > both.again.memory_bytes ? wanted : both.again.memory_bytes;
+  TRY(gpu_allocate(&where, bytes, &both.at.memory, error));
+  TRY(gpu_launch_rows(&where, "sample", is_double, "", "sample_steps", blocks, &both.at, error));
+  if (is_double || !at->teacher.tensor) return OPDC_OK;
+  both.again.memory = both.at.memory;
+  return gpu_launch_rows(&where, "sample", 1, "", "sample_steps",
+                         (int64_t)(bytes / both.again.memory_bytes), &both.again, error);
+}
+
+static opdc_status sample_all(const sampling_plan *at, opdc_error *error) {
+  if (step_count(at) == 0) return OPDC_OK;
+  return at->on_gpu ? sample_on_gpu(at, error) : sample_on_processor(at, error);
 }
 
 opdc_status opdc_sample(const opdc_sampling *call, const DLTensor *tokens, const DLTensor *columns,

@@ -5,12 +5,12 @@
 
 static const mass no_mass = {-INFINITY, -1, 0, NAN};
 
-static mass mass_of_slice(const row_call *call, mass of) {
+OUTLINED mass mass_of_slice(const row_call *call, mass of) {
   of.index += (double)call->first;
   return of;
 }
 
-static void describe_masses(const row_call *call, const row *from, slice_part *out) {
+OUTLINED void describe_masses(const row_call *call, const row *from, slice_part *out) {
   out->student = mass_of_slice(call, from->student);
   out->teacher = mass_of_slice(call, from->teacher);
   out->log_ratio = from->log_ratio;
@@ -18,21 +18,22 @@ static void describe_masses(const row_call *call, const row *from, slice_part *o
   out->forward_kl = from->forward_kl;
 }
 
-static void list_candidates(const row_call *call, const row_input *input, const candidate *found,
-                            int64_t count, int64_t room, part_entry *to) {
-  for (int64_t i = 0; i < room; i++) {
-    to[i] = (part_entry){-1, NAN, NAN};
+OUTLINED void list_candidates(const row_call *call, const row_input *input, const candidate *found,
+                              int64_t count, int64_t room, part_entry *to) {
+  FOR_EACH_OF_ROW(i, (int64_t)0, room) {
+    to[i] = MAKE(part_entry){-1, NAN, NAN};
     if (i >= count) continue;
     to[i].id = (double)(found[i].id + call->first);
     to[i].student = load_element(input->student, call->student_type, found[i].id);
     if (input->teacher)
       to[i].teacher = load_element(input->teacher, call->teacher_type, found[i].id);
   }
+  row_sync(); /* the candidates may be others from here on */
 }
 
 /* Of the ids of the slice the k that may be in the support; 1 if they cannot be ranked. */
-static int list_support(const row_call *call, const row_input *input, workspace *work,
-                        part_entry *to) {
+OUTLINED int list_support(const row_call *call, const row_input *input, workspace *work,
+                          part_entry *to) {
   dtype type;
   const void *ranking = ranking_row(call, input, &type);
   candidate *found = NULL;
@@ -48,18 +49,18 @@ static int list_support(const row_call *call, const row_input *input, workspace 
 }
 
 /* The student's logits of the slots of a sparse teacher. */
-static void list_slots(const row_call *call, const row_input *input, part_entry *to) {
-  for (int64_t slot = 0; slot < call->k; slot++) {
+OUTLINED void list_slots(const row_call *call, const row_input *input, part_entry *to) {
+  FOR_EACH_OF_ROW(slot, (int64_t)0, call->k) {
     const int64_t id = load_id(input->slot_ids, call->slot_bytes, slot) - call->first;
-    to[slot] = (part_entry){-1, NAN, NAN};
+    to[slot] = MAKE(part_entry){-1, NAN, NAN};
     if (id < 0 || id >= call->vocabulary) continue;
     to[slot].id = (double)(id + call->first);
     to[slot].student = load_element(input->student, call->student_type, id);
   }
 }
 
-static void list_students(const row_call *call, const row_input *input, workspace *work,
-                          part_entry *to) {
+OUTLINED void list_students(const row_call *call, const row_input *input, workspace *work,
+                            part_entry *to) {
   candidate *found = NULL;
   int64_t count = 0;
   if (call->vocabulary > 0 &&
@@ -70,8 +71,8 @@ static void list_students(const row_call *call, const row_input *input, workspac
   list_candidates(call, input, found, count, call->k + 1, to);
 }
 
-static void measure_slice(const row_call *call, const row_input *input, slice_part *out,
-                          workspace *work) {
+OUTLINED void measure_slice(const row_call *call, const row_input *input, slice_part *out,
+                            workspace *work) {
   part_entry *entries = entries_after(out);
   row at = {0};
   begin_row(input, &at);
@@ -99,25 +100,29 @@ static void measure_slice(const row_call *call, const row_input *input, slice_pa
 
 /* --- All slices together ---------------------------------------------------------------------- */
 
-static void combine_masses_of(const row_call *call, const row_input *input, const slice_set *all,
-                              row *out) {
+OUTLINED void combine_masses_of(const row_call *call, const row_input *input, const slice_set *all,
+                                row *out) {
   const temperature T = temperature_of(call);
-  batch parts;
-  parts.count = 0;
+  ROW_SHARED(batch, parts);
+  int count = 0; /* of the batch */
   for (int64_t i = 0; i < all->count; i++) {
     const slice_part *of = part_of(all, i);
-    parts.student[parts.count] = of->student;
-    parts.teacher[parts.count] = input->teacher ? of->teacher : no_mass;
-    parts.divergence[parts.count++] = (kl_result){of->log_ratio, of->reverse_kl, of->forward_kl, 0};
-    if (parts.count == BATCH) combine_batch(&parts, T);
+    parts->student[count] = of->student;
+    parts->teacher[count] = input->teacher ? of->teacher : no_mass;
+    parts->divergence[count++] = MAKE(kl_result){of->log_ratio, of->reverse_kl, of->forward_kl, 0};
+    if (count < BATCH && i + 1 < all->count) continue;
+    BY_ONE_TEAM combine_batch(parts, count, T);
+    count = 1;
   }
-  combine_batch(&parts, T);
-  out->student = parts.student[0];
+  const mass student = parts->student[0], teacher = parts->teacher[0];
+  const kl_result divergence = parts->divergence[0];
+  row_sync();
+  out->student = student;
   if (!input->teacher || !call->teacher_mass) return;
-  out->teacher = parts.teacher[0];
-  out->log_ratio = parts.divergence[0].log_ratio;
-  out->reverse_kl = parts.divergence[0].reverse_kl;
-  out->forward_kl = parts.divergence[0].forward_kl;
+  out->teacher = teacher;
+  out->log_ratio = divergence.log_ratio;
+  out->reverse_kl = divergence.reverse_kl;
+  out->forward_kl = divergence.forward_kl;
 }
 
 /* A number that one slice knows, and the others have as NaN. */
@@ -131,7 +136,7 @@ KNOWN(token_student)
 KNOWN(token_teacher)
 #undef KNOWN
 
-static double teacher_at_top_of(const slice_set *all, const row *out) {
+OUTLINED double teacher_at_top_of(const slice_set *all, const row *out) {
   for (int64_t i = 0; i < all->count; i++)
     if (part_of(all, i)->student.index == out->student.index)
       return part_of(all, i)->teacher_at_top;
@@ -139,76 +144,76 @@ static double teacher_at_top_of(const slice_set *all, const row *out) {
 }
 
 /* Larger logits first, of equal ones the lower id. */
-static int by_student(const void *a, const void *b) {
+OUTLINED int by_student(const void *a, const void *b) {
   const double left = ((const support_entry *)a)->student,
                right = ((const support_entry *)b)->student;
   return left != right ? (left < right) - (left > right) : by_id(a, b);
 }
-static int by_teacher(const void *a, const void *b) {
+OUTLINED int by_teacher(const void *a, const void *b) {
   const double left = ((const support_entry *)a)->teacher,
                right = ((const support_entry *)b)->teacher;
   return left != right ? (left < right) - (left > right) : by_id(a, b);
 }
 
 /* What the slices list from the place `from` on, up to `room` ids each, into work->gathered. */
-static void gather_entries(const row_call *call, const slice_set *all, int64_t from, int64_t room,
-                           workspace *work) {
+OUTLINED void gather_entries(const row_call *call, const slice_set *all, int64_t from, int64_t room,
+                             workspace *work) {
   work->gathered_count = 0;
   for (int64_t i = 0; i < all->count; i++) {
     const part_entry *of = entries_after(part_of(all, i)) + from;
     for (int64_t j = 0; j < room; j++)
       if (of[j].id >= 0 && of[j].id < (double)call->vocabulary)
-        work->gathered[work->gathered_count++] = (support_entry){
+        work->gathered[work->gathered_count++] = MAKE(support_entry){
             .id = (int64_t)of[j].id, .student = of[j].student, .teacher = of[j].teacher};
   }
 }
 
-static int64_t choose_from_slices(const row_call *call, const row_input *input,
-                                  const slice_set *all, workspace *work) {
+OUTLINED int64_t choose_from_slices(const row_call *call, const row_input *input,
+                                    const slice_set *all, workspace *work) {
   support_entry *to = work->entries;
   int64_t count;
   for (int64_t i = 0; i < all->count; i++)
     if (part_of(all, i)->unranked != 0) return -1;
   gather_entries(call, all, 0, call->k, work);
   if (input->slot_ids) {
-    qsort(work->gathered, (size_t)work->gathered_count, sizeof *to, by_id);
+    BY_ONE qsort(work->gathered, (size_t)work->gathered_count, sizeof *to, by_id);
     count = choose_slots(call, input, to);
     for (int64_t i = 0; i < count; i++) {
-      const support_entry *known =
-          bsearch(&to[i], work->gathered, (size_t)work->gathered_count, sizeof *to, by_id);
+      const support_entry *known = (const support_entry *)bsearch(
+          &to[i], work->gathered, (size_t)work->gathered_count, sizeof *to, by_id);
       to[i].student = known ? known->student : known_token_student(all);
     }
   } else {
     count = work->gathered_count < call->k ? work->gathered_count : call->k;
-    qsort(work->gathered, (size_t)work->gathered_count, sizeof *to,
-          call->support == OPDC_STUDENT ? by_student : by_teacher);
+    BY_ONE qsort(work->gathered, (size_t)work->gathered_count, sizeof *to,
+                 call->support == OPDC_STUDENT ? by_student : by_teacher);
     memcpy(to, work->gathered, (size_t)count * sizeof *to);
     if (count == 0) return -1; /* nothing but -inf */
     if (call->support == OPDC_TEACHER_TOKEN && !has_id(to, count, input->token) &&
         known_token_teacher(all) != -INFINITY)
-      to[count++] = (support_entry){.id = input->token,
-                                    .student = known_token_student(all),
-                                    .teacher = known_token_teacher(all)};
+      to[count++] = MAKE(support_entry){.id = input->token,
+                                        .student = known_token_student(all),
+                                        .teacher = known_token_teacher(all)};
   }
-  qsort(to, (size_t)count, sizeof *to, by_id);
+  BY_ONE qsort(to, (size_t)count, sizeof *to, by_id);
   return count;
 }
 
-static double overlap_of_slices(const row_call *call, const slice_set *all, const row *of,
-                                workspace *work) {
+OUTLINED double overlap_of_slices(const row_call *call, const slice_set *all, const row *of,
+                                  workspace *work) {
   int64_t common = 0;
   if (work->count == 0) return 0;
   if (of->student.rest != of->student.rest) return NAN;
   gather_entries(call, all, call->k, call->k + 1, work);
-  qsort(work->gathered, (size_t)work->gathered_count, sizeof *work->gathered, by_student);
+  BY_ONE qsort(work->gathered, (size_t)work->gathered_count, sizeof *work->gathered, by_student);
   for (int64_t i = 0; i < work->count && i < work->gathered_count; i++)
     common += bsearch(&work->gathered[i], work->entries, (size_t)work->count, sizeof *work->entries,
                       by_id) != NULL;
   return (double)common;
 }
 
-static void combine(const row_call *call, const row_input *input, const slice_set *all, row *out,
-                    workspace *work) {
+OUTLINED void combine(const row_call *call, const row_input *input, const slice_set *all, row *out,
+                      workspace *work) {
   begin_row(input, out);
   if (call->student_mass) {
     combine_masses_of(call, input, all, out);
@@ -229,12 +234,12 @@ static void combine(const row_call *call, const row_input *input, const slice_se
 
 /* --- The second time -------------------------------------------------------------------------- */
 
-static int is_worth_a_second_look(const row_call *call, const row_input *input, const row *of) {
+OUTLINED int is_worth_a_second_look(const row_call *call, const row_input *input, const row *of) {
   return has_support(call) ? !input->prefix && of->slots == of->slots : has_mixture(call, of);
 }
 
-static void measure_again(const row_call *call, const row_input *input, const row *from,
-                          slice_part *out, workspace *work) {
+OUTLINED void measure_again(const row_call *call, const row_input *input, const row *from,
+                            slice_part *out, workspace *work) {
   row outside = {.student = no_mass, .teacher = no_mass};
   memset(out, 0, sizeof *out);
   if (!is_worth_a_second_look(call, input, from)) return;
@@ -247,8 +252,8 @@ static void measure_again(const row_call *call, const row_input *input, const ro
   }
 }
 
-static void combine_again(const row_call *call, const row_input *input, const slice_set *all,
-                          row *out, workspace *work) {
+OUTLINED void combine_again(const row_call *call, const row_input *input, const slice_set *all,
+                            row *out, workspace *work) {
   if (!is_worth_a_second_look(call, input, out)) return;
   if (has_support(call)) {
     row outside = {0};
@@ -268,13 +273,13 @@ static void combine_again(const row_call *call, const row_input *input, const sl
 }
 
 /* What the gradient of a slice needs; its entries are there. */
-static void keep_slice(const row_call *call, const row_input *input, const row *from,
-                       workspace *work) {
+OUTLINED void keep_slice(const row_call *call, const row_input *input, const row *from,
+                         workspace *work) {
   if (call->vocabulary == 0 || !is_finite(from->loss) || !work->kept) return;
   if (keeps_derivatives(call))
     (void)sum_mixture(call, input, from, work->kept);
   else
-    (void)measure_one(call, input->student, call->student_type, (besides){.kept = work->kept});
+    (void)measure_one(call, input->student, call->student_type, MAKE(besides){.kept = work->kept});
 }
 
 #endif

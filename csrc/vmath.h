@@ -52,7 +52,7 @@ typedef struct exponent_base {
 } exponent_base;
 
 SPECIALISED exponent_base base_of(real k) {
-  return (exponent_base){lane_set(k), lane_set(LANE_LOWEST_EXPONENT / k)};
+  return MAKE(exponent_base){lane_set(k), lane_set(LANE_LOWEST_EXPONENT / k)};
 }
 
 /* x, or the lowest exponent if x is below it: finite for -inf. NaN stays. */

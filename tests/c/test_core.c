@@ -850,10 +850,11 @@ static void test_topk(void) {
     char *numbers[2] = {buffer(ROWS * k), buffer(ROWS * k)};
     store_element(p.student, type, 3 * p.stride + width - 1, NAN);
     for (int many = 0; many < 2; many++) {
-      const opdc_status status = opdc_topk(
-          shaped(&logits, p.student, types[type], 2, ROWS, width, p.stride), 0.8, 0,
-          shaped(&ids, found[many], (DLDataType){kDLInt, 64, 1}, 2, ROWS, k, k),
-          shaped(&logprobs, numbers[many], types[result], 2, ROWS, k, k), many ? 4 : 1, &error);
+      const opdc_status status =
+          opdc_topk(shaped(&logits, p.student, types[type], 2, ROWS, width, p.stride), 0.8, 0,
+                    shaped(&ids, found[many], (DLDataType){kDLInt, 64, 1}, 2, ROWS, k, k),
+                    shaped(&logprobs, numbers[many], types[result], 2, ROWS, k, k), many ? 4 : 1,
+                    NULL, &error);
       CHECK(status == OPDC_OK, "%s", error.message);
     }
     CHECK(memcmp(found[0], found[1], (size_t)(ROWS * k * 8)) == 0 &&
@@ -1298,7 +1299,7 @@ static opdc_status drift_gate(double *now, double *old, uint8_t *mask, int64_t b
       shaped(&a, now, types[dtype_f64], 2, SEQUENCES, LENGTH, LENGTH),
       shaped(&b, old, types[dtype_f64], 2, SEQUENCES, LENGTH, LENGTH),
       mask ? shaped(&c, mask, (DLDataType){kDLBool, 8, 1}, 2, SEQUENCES, LENGTH, LENGTH) : NULL,
-      block, kappa, shaped(&d, weights, types[type], 2, SEQUENCES, LENGTH, LENGTH), error);
+      block, kappa, shaped(&d, weights, types[type], 2, SEQUENCES, LENGTH, LENGTH), NULL, error);
 }
 
 static void test_drift_gate(void) {
