@@ -42,7 +42,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import opdc.trl
 import trainers as small
 from opdc.bench.contenders import DTYPES, Contender
-from opdc.bench.measure import extra_memory, machine, spread, timed
+from opdc.bench.device import CPU
+from opdc.bench.measure import machine, spread
 from opdc.bench.report import machine as machine_in_words
 from opdc.bench.report import markdown_table, number, plural, replace_sections, times
 from opdc.demo.command import progress
@@ -275,7 +276,7 @@ def in_turns(
     for name, contender in contenders.items():
         yield f"{name}: memory", {}
         start = time.perf_counter()
-        found[name] = {"memory": extra_memory(contender)}
+        found[name] = {"memory": CPU.extra_memory(contender)}
         first[name] = time.perf_counter() - start
     for turn in range(repeats):
         for name, contender in contenders.items():
@@ -284,7 +285,7 @@ def in_turns(
             if first[name] < REHEARSED:
                 contender.run()
             gc.collect()
-            seconds, _ = timed(Contender(contender.run))
+            seconds, _ = CPU.timed(Contender(contender.run))
             for key, value in read(name, seconds).items():
                 found[name].setdefault(key, []).append(value)
     return found

@@ -1,7 +1,8 @@
 """``python -m opdc bench``: opdc against eager PyTorch, torch.compile and the memory's bandwidth.
 
-All contenders run on the same tensors, in turns, in one process. Losses from hidden states have
-others: the bare matrix products, and the chunked losses of TRL and Liger where they are installed.
+All contenders run on the same tensors, in turns, in one process, on the CPU or on a GPU; there
+Liger and FlashInfer are measured too, where they are installed and have the function. Losses from
+hidden states have others: the bare matrix products, and the chunked losses of TRL and Liger.
 """
 
 from __future__ import annotations
@@ -12,16 +13,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .. import info
 from .contenders import DTYPES, FUNCTIONS
+from .device import CPU, Gpu, why_no_gpu
 from .generation import GENERATE
 from .hidden import HIDDEN, SIZES
-from .measure import Benchmark, Plan, available_memory
+from .measure import Benchmark, Plan
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-CONTENDERS = ("eager", "compile", "opdc", "trl", "liger")  # the last two from hidden states
+# TRL from hidden states alone, on the CPU FlashInfer nowhere and Liger from hidden states.
+CONTENDERS = ("eager", "compile", "opdc", "trl", "liger", "flashinfer")
 SAMPLERS = [name for name, function in FUNCTIONS.items() if function.law]
 GROUPS = {
     "losses": [name for name in FUNCTIONS if name not in SAMPLERS],
@@ -38,6 +43,13 @@ FULL: dict[str, Any] = {
     "dtypes": list(DTYPES),
     "rows": [256, 1024],
     "threads": sorted({1, min(2, info.usable_cpus())}),
+    "repeats": 7,
+}
+ON_A_GPU: dict[str, Any] = {
+    "dtypes": ["bfloat16", "float32"],
+    "rows": [8192],
+    "threads": [torch.get_num_threads()],
+    "repeats": 25,
 }
 
 
@@ -88,8 +100,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_choice(*FUNCTIONS, GENERATE, HIDDEN, **GROUPS),
     )
     add("--dtypes", "NAMES", "float32, bfloat16 (default: both)", type=_choice(*DTYPES))
-    add("--rows", "COUNTS", "numbers of rows (default: 256,1024)", type=_counts)
-    add("--threads", "COUNTS", "numbers of threads (default: 1,2)", type=_counts)
+    add(
+        "--device",
+        "NAME",
+        "cpu, or cuda for the current GPU of PyTorch (default: %(default)s)",
+        choices=("cpu", "cuda"),
+        default="cpu",
+    )
+    add(
+        "--rows",
+        "COUNTS",
+        "numbers of rows (default: 256,1024; on a GPU 8192, or as many as fit)",
+        type=_counts,
+    )
+    add("--threads", "COUNTS", "numbers of threads of the CPU (default: 1,2)", type=_counts)
     add(
         "--contenders",
         "NAMES",
@@ -105,7 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_counts,
         default=SIZES,
     )
-    add("--repeats", "N", "calls of each, at most (default: %(default)s)", type=_count, default=7)
+    add("--repeats", "N", "calls of each, at most (default: 7, on a GPU 25)", type=_count)
     add(
         "--budget",
         "SECONDS",
@@ -121,7 +145,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--output",
         "FOLDER",
-        "where bench.json and bench.png go (default: %(default)s)",
+        "where bench.json and bench.png go, or bench-cuda.* (default: %(default)s)",
         type=Path,
         default=Path("opdc-bench"),
     )
@@ -139,11 +163,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def plan_of(arguments: argparse.Namespace) -> Plan:
-    chosen = {
-        name: getattr(arguments, name) or default
-        for name, default in (QUICK if arguments.quick else FULL).items()
-    }
+    on_gpu = arguments.device == "cuda"
+    defaults = FULL | (QUICK if arguments.quick else {}) | (ON_A_GPU if on_gpu else {})
+    chosen = {name: getattr(arguments, name) or default for name, default in defaults.items()}
     functions = chosen.pop("functions")
+    if on_gpu:
+        if reason := why_no_gpu():
+            arguments.fail(f"argument --device: cuda, but {reason}; give --device cpu")
+        if arguments.threads:
+            arguments.fail("argument --threads: only with --device cpu; on a GPU leave it out")
+        if HIDDEN in functions:
+            arguments.fail(f"argument --functions: {HIDDEN} is measured with --device cpu only")
     plan = Plan(
         **chosen,
         functions=[name for name in functions if name not in (GENERATE, HIDDEN)],
@@ -151,8 +181,8 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         hidden_sizes=arguments.hidden_sizes if HIDDEN in functions else (),
         contenders=arguments.contenders,
         vocabulary=arguments.vocabulary,
-        repeats=arguments.repeats,
         budget=arguments.budget,
+        device=Gpu() if on_gpu else CPU,
     )
     if max(plan.threads) > info.usable_cpus():
         arguments.fail(
@@ -160,11 +190,16 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
             f"{info.usable_cpus()} CPUs"
         )
     # The gradient is one matrix more, and half as much again is left to whoever else is here.
-    if 1.5 * plan.bytes() > available_memory():
+    available = plan.device.available_memory()
+    if on_gpu and not arguments.rows and 1.5 * plan.bytes() > available:
+        wanted = max(plan.rows)
+        plan.rows = [max(1, int(wanted * available / (1.5 * plan.bytes())))]
+        plan.notes = [f"{plan.rows[0]:,} rows: {wanted:,} do not fit into the memory"]
+    if 1.5 * plan.bytes() > available:
         smaller = "fewer --rows" + (" or smaller --hidden-sizes" if plan.hidden_sizes else "")
         arguments.fail(
             f"argument --rows: {max(plan.rows):,} x {plan.vocabulary:,} logits need "
-            f"{1.5 * plan.bytes() / 2**30:.1f} GiB, but {available_memory() / 2**30:.1f} GiB are "
+            f"{1.5 * plan.bytes() / 2**30:.1f} GiB, but {available / 2**30:.1f} GiB are "
             f"available; give {smaller}"
         )
     return plan
@@ -190,6 +225,12 @@ def carry_out(plan: Plan, console: Console) -> dict[str, Any]:
                     console.print(f"[{step + 1}/{plan.steps()}] {description}", markup=False)
         except KeyboardInterrupt:
             console.print("stopped: what follows was measured until then")
+        except Exception:
+            if not benchmark.result["cases"]:
+                raise
+            benchmark.result["failed"] = True
+            console.print_exception()
+            console.print("failed: what follows was measured until then")
     return benchmark.result
 
 
@@ -227,7 +268,8 @@ def run(arguments: argparse.Namespace) -> int:
     # Whatever could fail at the end fails now.
     readme: Path | None = arguments.update_readme
     to_stdout = arguments.json == "-"
-    saved = None if to_stdout else Path(arguments.json or arguments.output / "bench.json")
+    name = "bench" if arguments.device == "cpu" else f"bench-{arguments.device}"
+    saved = None if to_stdout else Path(arguments.json or arguments.output / f"{name}.json")
     earlier: dict[str, Any] = {}
     try:
         for path in (arguments.plot, arguments.json and saved):
@@ -239,6 +281,8 @@ def run(arguments: argparse.Namespace) -> int:
                 report.replace_sections(readme.read_text(), dict.fromkeys(plan.sections(), ""))
             if saved is not None and saved.exists():
                 earlier = load(saved)
+                if report.on_gpu(earlier) != plan.on_gpu:
+                    raise ValueError(f"{saved} is of another device; give another --json")
             arguments.output.mkdir(parents=True, exist_ok=True)
             result = carry_out(plan, Console(stderr=True))
         else:
@@ -259,7 +303,7 @@ def run(arguments: argparse.Namespace) -> int:
             saved.write_text(text)
             written.append(saved)
     if result["cases"] and (arguments.report is None or arguments.plot):
-        written.append(arguments.plot or arguments.output / "bench.png")
+        written.append(arguments.plot or arguments.output / f"{name}.png")
         report.save_plot(result, written[-1])
     if readme is not None:
         readme.write_text(report.replace_sections(readme.read_text(), report.sections(result)))
@@ -268,4 +312,6 @@ def run(arguments: argparse.Namespace) -> int:
     report.print_tables(result, console)
     if written:
         console.print(f"written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
+    if result.get("failed"):
+        return 1
     return 0 if result["complete"] else 130  # as a shell reports Ctrl-C

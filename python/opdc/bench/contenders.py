@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -254,6 +255,52 @@ FUNCTIONS = {
 }
 
 
+# ---- the others ------------------------------------------------------------------------------
+
+PACKAGES = {"liger": "liger-kernel", "flashinfer": "flashinfer-python"}  # may not be there
+BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": BETA}  # what Liger calls these divergences
+
+
+def _liger(name: str) -> Callable[..., Tensor]:
+    """Liger's kernel, which starts from log-probs."""
+    loss = import_module("liger_kernel.transformers.jsd").LigerJSD(beta=BETAS[name])
+
+    def of_logits(student: Tensor, teacher: Tensor) -> Tensor:
+        value: Tensor = loss(textbook.log_probs(student), textbook.log_probs(teacher))
+        return value
+
+    return of_logits
+
+
+def _flashinfer(name: str) -> Callable[..., Tensor]:
+    """FlashInfer's kernels, two of which start from probabilities; they give tokens alone."""
+    module = import_module("flashinfer.sampling")
+    samplers: dict[str, Callable[[Tensor], Tensor]] = {
+        "sample": module.sampling_from_logits,
+        "sample_top_p": lambda z: module.top_p_sampling_from_probs(textbook.probs(z), TOP_P),
+        "sample_top_k": lambda z: module.top_k_sampling_from_probs(textbook.probs(z), TOP_K),
+    }
+    return samplers[name]
+
+
+def rivals(name: str) -> dict[str, Callable[[], Callable[..., Any]]]:
+    """How to get what opdc's form of a function is compared with; getting one fails where its
+    package is missing."""
+    call = FUNCTIONS[name].textbook
+    found: dict[str, Callable[[], Callable[..., Any]]] = {
+        "eager": lambda: call,
+        "compile": lambda: torch.compile(call, fullgraph=True, dynamic=False),
+    }
+    if name in BETAS:
+        found["liger"] = lambda: _liger(name)
+    if name in ("sample", "sample_top_p", "sample_top_k"):
+        found["flashinfer"] = lambda: _flashinfer(name)
+    return found
+
+
+# ---- the inputs ------------------------------------------------------------------------------
+
+
 @dataclass
 class Inputs:
     """The tensors of one dtype, one row per position."""
@@ -291,33 +338,41 @@ class Inputs:
         return replace(self, **changed)
 
 
-def make_inputs(rows: int, vocabulary: int, seed: int = 0) -> Inputs:
-    """Logits as language models make them, in float32.
+def make_inputs(
+    rows: int,
+    vocabulary: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    place: torch.device | str = "cpu",
+) -> Inputs:
+    """Logits as language models make them, rounded to the dtype at the end.
 
     Tokens are frequent or rare (Zipf), a handful at each position is far above the rest, and
     the student is the teacher plus noise. Values and speed both depend on such things: on zeros
     or tiny noise most branches are never taken.
     """
-    generator = torch.Generator().manual_seed(seed)
-    frequency = -torch.arange(1, vocabulary + 1).log()[
-        torch.randperm(vocabulary, generator=generator)
+    generator = torch.Generator(place).manual_seed(seed)
+    empty = partial(torch.empty, device=place)
+    frequency = -torch.arange(1, vocabulary + 1, device=place).log()[
+        torch.randperm(vocabulary, generator=generator, device=place)
     ]
-    student, teacher = torch.empty(rows, vocabulary), torch.empty(rows, vocabulary)
-    tokens = torch.empty(rows, dtype=torch.int64)
-    teacher_logprobs = torch.empty(rows)
+    student, teacher = (empty(rows, vocabulary, dtype=dtype) for _ in range(2))
+    tokens = empty(rows, dtype=torch.int64)
+    teacher_logprobs = empty(rows)
     top = min(TOP, vocabulary)
-    top_ids, top_logprobs = torch.empty(rows, top, dtype=torch.int64), torch.empty(rows, top)
+    top_ids, top_logprobs = empty(rows, top, dtype=torch.int64), empty(rows, top)
     candidates = min(20, vocabulary)
     for start in range(0, rows, 32):  # in pieces, for the temporary tensors to stay small
         piece = slice(start, min(start + 32, rows))
-        t, z = teacher[piece], student[piece]
+        t, z = empty(2, piece.stop - start, vocabulary)
         t.normal_(0, 1.5, generator=generator).add_(frequency)
-        ids = torch.randint(vocabulary, (len(t), candidates), generator=generator)
-        t.scatter_(-1, ids, torch.empty(ids.shape).exponential_(0.25, generator=generator) + 4)
+        ids = torch.randint(vocabulary, (len(t), candidates), generator=generator, device=place)
+        t.scatter_(-1, ids, empty(ids.shape).exponential_(0.25, generator=generator) + 4)
         z.normal_(0, 0.5, generator=generator).add_(t)
         tokens[piece] = torch.multinomial(z.softmax(-1), 1, generator=generator).squeeze(-1)
         teacher_logprobs[piece] = textbook.token_logprobs(t, tokens[piece])
         top_ids[piece], top_logprobs[piece] = textbook.topk(t, top)
+        teacher[piece], student[piece] = t, z
     return Inputs(
         student,
         teacher,
@@ -325,7 +380,7 @@ def make_inputs(rows: int, vocabulary: int, seed: int = 0) -> Inputs:
         top_ids,
         top_logprobs,
         tokens,
-        uniforms=torch.rand(rows, generator=generator),
+        uniforms=torch.rand(rows, generator=generator, device=place),
         scratch=student.clone(),
     )
 
@@ -411,9 +466,11 @@ def exact(function: Function, inputs: Inputs) -> Tensor:
     return result
 
 
-def error(function: Function, result: Any, reference: Tensor) -> float:
-    """How far a result is from `exact`: relative, in norm."""
+def error(function: Function, result: Any, reference: Tensor) -> float | None:
+    """How far a result is from `exact`: relative, in norm. None of a token without a log-prob."""
     if function.law is not None:
+        if isinstance(result, Tensor):
+            return None
         tokens, result = result
         count = min(len(tokens), len(reference))
         drawn = tokens[:count].clamp(min=0).unsqueeze(-1)

@@ -53,7 +53,7 @@ class Setting:
             return float(opdc.reverse_kl(*logits))
 
 
-def make_setting(seed: int = 0) -> Setting:
+def make_setting(seed: int = 0, place: torch.device | str = "cpu") -> Setting:
     """Both models; the teacher is the student plus as much noise as gives the divergence."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -75,9 +75,9 @@ def make_setting(seed: int = 0) -> Setting:
         # No end token: every contender writes as many tokens.
         student.generation_config.update(eos_token_id=None, bos_token_id=None, pad_token_id=0)
         noise = [torch.randn_like(weight) * weight.std() for weight in student.parameters()]
-        setting = Setting(
-            student, copy.deepcopy(student), torch.randint(VOCABULARY, (BATCH, PROMPT))
-        )
+        prompts = torch.randint(VOCABULARY, (BATCH, PROMPT))
+    student, noise = student.to(place), [tensor.to(place) for tensor in noise]
+    setting = Setting(student, copy.deepcopy(student), prompts.to(place))
     scale = 0.05
     for _ in range(4):  # the KL grows with the square of the noise
         for weight, start, change in zip(

@@ -19,9 +19,10 @@ import opdc
 
 from . import textbook
 from .contenders import BETA, CHECKED_ROWS, FUNCTIONS, TOP, Contender, Function
+from .contenders import PACKAGES as LOGITS_PACKAGES
 
 HIDDEN = "hidden"
-PACKAGES = {"trl": "trl", "liger": "liger-kernel"}  # of contenders that may not be there
+PACKAGES = {"trl": "trl", "liger": LOGITS_PACKAGES["liger"]}  # may not be there
 LOSSES = ("reverse_kl", "jsd", "tropd", "lsm_given")
 SIZES = [1024, 2048]  # of a hidden state, the student's as the teacher's
 PIECE = 128  # rows of logits that are held at a time where inputs and references are made

@@ -1,13 +1,10 @@
-"""How it is measured: the clock, the memory, and the order of the calls."""
+"""How it is measured: what, in which order, and how often."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import itertools
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,18 +15,21 @@ import torch
 from torch import Tensor
 
 from .. import info
-from . import generation, hidden
+from . import first, generation, hidden
 from .contenders import (
     DTYPES,
     FUNCTIONS,
+    PACKAGES,
     Contender,
     Function,
     Inputs,
     error,
     exact,
     make_inputs,
+    rivals,
     work,
 )
+from .device import CPU, Device, available_memory
 
 SLOW = 4.0  # seconds; a call as long as this is not worth repeating, its noise averages out in it
 PATIENCE = 4.0  # shares of a case that a single call of eager or compile may take, as far as known
@@ -40,6 +40,7 @@ REHEARSAL = 1.0  # seconds that they may take together, but one there always is
 OVERHEAD_SHAPE = (1, 128)  # so few logits that only the cost of the call is left
 OVERHEAD_CALLS = 1000
 HIDDEN_SLOW = 20.0  # seconds; of losses from hidden states a call as long as this is not repeated
+DOUBLES = 12  # matrices of float64 that a reference of all rows needs at once, at the most
 ORDER_ROWS = 64  # of the top-K of rows in adverse orders
 ORDER_SECONDS = 2.0  # for each of them
 
@@ -67,6 +68,12 @@ class Plan:
     generate: bool = False  # end to end, too
     hidden_sizes: Sequence[int] = ()  # of hidden states: the losses from these, too
     seed: int = 0
+    device: Device = CPU
+    notes: Sequence[str] = ()  # on what could not be planned as it was wanted
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device is not CPU
 
     def cases(self) -> list[tuple[int, int, str, str]]:
         threads = sorted(self.threads, reverse=True)
@@ -75,105 +82,42 @@ class Plan:
     def steps(self) -> int:
         """How much `Benchmark.run` reports: the cases, then what is measured once for a dtype."""
         once = len(self.dtypes) * (len(self.functions) + ("topk" in self.functions))
-        return len(self.cases()) + once + self.generate + len(self.hidden_cases())
+        firsts = len(self.first_calls())
+        return len(self.cases()) + once + firsts + self.generate + len(self.hidden_cases())
+
+    def first_calls(self) -> list[tuple[str, str]]:
+        """Kernels for a GPU are compiled at their first call, for both dtypes at once."""
+        names = first.first_calls(self.functions) if self.on_gpu else []
+        return list(itertools.product(self.dtypes[:1], names))
 
     def hidden_cases(self) -> list[tuple[int, str]]:
         return list(itertools.product(self.hidden_sizes, hidden.LOSSES))
 
     def sections(self) -> list[str]:
         """The parts of a README that the result has a table for."""
-        parts = {"benchmark": self.functions or self.generate, "hidden": self.hidden_sizes}
+        benchmark = "benchmark-cuda" if self.on_gpu else "benchmark"
+        parts = {benchmark: self.functions or self.generate, "hidden": self.hidden_sizes}
         return [name for name, measured in parts.items() if measured]
 
     def bytes(self) -> int:
-        """What the inputs need: student, teacher and scratch in float32 and in each other dtype;
-        or the hidden states and heads of both, the student's gradients, and its logits."""
-        element = 4 + sum(DTYPES[name].itemsize for name in self.dtypes if name != "float32")
+        """What the inputs need: student, teacher and scratch in float32 and in each other dtype,
+        or on a GPU in one dtype after the other; or the hidden states and heads of both, the
+        student's gradients, and its logits."""
+        sizes = [DTYPES[name].itemsize for name in self.dtypes]
+        element = max(sizes) if self.on_gpu else 4 + sum(size for size in sizes if size != 4)
         logits = max(self.rows) * self.vocabulary
         of_losses = 3 * element * logits if self.functions else 0
         states = max(self.hidden_sizes, default=0) * (max(self.rows) + self.vocabulary)
         return max(of_losses, 4 * (4 * states + logits) if states else 0)
 
 
-# ---- memory ----------------------------------------------------------------------------------
-
-
-def available_memory() -> float:
-    """Bytes that can still be allocated; infinite where the system does not tell."""
-    try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:
-        return float("inf")
-    fields = dict(line.split(":") for line in text.splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
-
-
-def _status(field: str) -> int:
-    """A size in bytes from /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
-
-
-def _sampled_peak(run: Callable[[], Any]) -> int:
-    """The peak of the resident memory during a call, by looking as often as possible."""
-    peak, done = _status("VmRSS"), threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.001):
-            peak = max(peak, _status("VmRSS"))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        run()
-    finally:
-        done.set()
-        watcher.join()
-    return peak
-
-
-def _return_free_memory() -> None:
-    """What was freed but is kept by malloc goes back to the system, where malloc can do so: else
-    a call that finds it there would seem to need no memory."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def extra_memory(contender: Contender) -> int | None:
-    """Bytes that a call needs beyond what is there before it; None where the system cannot tell."""
-    contender.prepare()
-    gc.collect()
-    _return_free_memory()
-    try:
-        before = _status("VmRSS")
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, back to VmRSS
-        except OSError:
-            return _sampled_peak(contender.run) - before
-        result = contender.run()  # noqa: F841, kept: the gradient counts
-        return _status("VmHWM") - before
-    except OSError:
-        return None
-
-
 # ---- time ------------------------------------------------------------------------------------
-
-
-def timed(contender: Contender) -> tuple[float, Any]:
-    """Seconds of one call, and its result, which is thus freed after the clock has stopped."""
-    contender.prepare()
-    start = time.perf_counter()
-    result = contender.run()
-    return time.perf_counter() - start, result
 
 
 def timed_with_memory(contender: Contender) -> tuple[float, Any, int | None]:
     """Seconds, result and extra memory of one and the same call."""
     calls: list[tuple[float, Any]] = []
-    peak = extra_memory(Contender(lambda: calls.append(timed(contender))))
+    peak = CPU.extra_memory(Contender(lambda: calls.append(CPU.timed(contender))))
     return *calls[0], peak
 
 
@@ -182,6 +126,7 @@ def interleave(
     repeats: int,
     share: float,
     inspect: Callable[[str, Any], None],
+    device: Device = CPU,
 ) -> dict[str, list[float]]:
     """Seconds of each call. Contenders take turns, so that all meet the same noise.
 
@@ -194,7 +139,7 @@ def interleave(
     rehearsals: dict[str, int] = {}
     turns: dict[int, list[str]] = {}
     for name, contender in contenders.items():
-        first, result = timed(contender)
+        first, result = device.timed(contender)
         inspect(name, result)
         del result
         samples[name] = [first] if first > SLOW else []  # else the first was only a warm-up
@@ -206,8 +151,8 @@ def interleave(
     for turn in sorted(turns):
         for name in turns[turn]:
             for _ in range(rehearsals[name]):
-                timed(contenders[name])
-            samples[name].append(timed(contenders[name])[0])
+                device.timed(contenders[name])
+            samples[name].append(device.timed(contenders[name])[0])
     return samples
 
 
@@ -224,9 +169,12 @@ def microseconds(samples: list[float], rows: int) -> dict[str, float]:
     return spread([1e6 * sample / rows for sample in samples])
 
 
-def call_overhead(function: Function, dtype: torch.dtype, textbook: bool) -> float:
-    """Microseconds of loss and gradient where there is next to nothing to compute."""
-    inputs = make_inputs(*OVERHEAD_SHAPE).to(dtype)
+def call_overhead(
+    function: Function, dtype: torch.dtype, textbook: bool, device: Device = CPU
+) -> float:
+    """Microseconds of loss and gradient where there is next to nothing to compute; on a GPU, which
+    works on by itself, those until the call returns."""
+    inputs = make_inputs(*OVERHEAD_SHAPE, dtype=dtype, place=device.place)
     contender = work(function.textbook if textbook else function.opdc, function, inputs)
     contender.prepare()
     samples = []
@@ -234,6 +182,7 @@ def call_overhead(function: Function, dtype: torch.dtype, textbook: bool) -> flo
         start = time.perf_counter_ns()
         contender.run()
         samples.append(time.perf_counter_ns() - start)
+    device.synchronize()
     return statistics.median(samples) / 1000
 
 
@@ -258,9 +207,12 @@ class Benchmark:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.started = time.monotonic()
+        self.device = plan.device
         self.compile_error: str | None = None
         self.result: dict[str, Any] = {
             "machine": machine(),
+            "device": plan.device.described(),
+            "notes": list(plan.notes),
             "vocabulary": plan.vocabulary,
             "complete": False,
             "cases": [],
@@ -270,17 +222,34 @@ class Benchmark:
             "generate": None,
             "hidden": None,
         }
-        if not plan.functions:
-            return
-        wide = make_inputs(max(plan.rows), plan.vocabulary, plan.seed)
-        self.inputs = {
-            name: wide if name == "float32" else wide.to(DTYPES[name]) for name in plan.dtypes
-        }
-        # One float32 matrix onto another: the copy that a stream is half of.
-        self.copy_from, self.copy_to = wide.student, wide.scratch
+        if plan.on_gpu:
+            self.result["packages"] = {name: info.version(name) for name in PACKAGES.values()}
+            self.result["first_calls"] = []
+        self.inputs: dict[str, Inputs] = {}
+        self.wide: Inputs | None = None
+        if plan.functions and not plan.on_gpu:
+            # One float32 matrix onto another: the copy that a stream is half of.
+            self.wide = wide = make_inputs(max(plan.rows), plan.vocabulary, plan.seed)
+            self.inputs = {
+                name: wide if name == "float32" else wide.to(DTYPES[name]) for name in plan.dtypes
+            }
         self.memory: dict[tuple[str, str, str], float] = {}  # bytes a row, where measured
         self.seconds: dict[tuple[str, str, str], float] = {}  # a row, where measured
         self.laws: dict[tuple[Callable[..., Tensor], str], Tensor] = {}  # of samplers
+
+    def inputs_of(self, dtype: str) -> Inputs:
+        """On a GPU, which has less memory and makes them fast, those of one dtype at a time."""
+        if dtype not in self.inputs:
+            self.inputs.clear()
+            self.device.release()
+            self.inputs[dtype] = make_inputs(
+                max(self.plan.rows),
+                self.plan.vocabulary,
+                self.plan.seed,
+                DTYPES[dtype],
+                self.device.place,
+            )
+        return self.inputs[dtype]
 
     def run(self) -> Iterator[str]:
         """Measures case by case, yielding what comes next."""
@@ -288,7 +257,8 @@ class Benchmark:
         gc.freeze()  # what is there before is not looked through whenever the memory is measured
         try:
             for rows, count, dtype, function in self.plan.cases():
-                yield f"{FUNCTIONS[function].title}, {dtype}, {rows} rows, threads: {count}"
+                where = "GPU" if self.plan.on_gpu else f"threads: {count}"
+                yield f"{FUNCTIONS[function].title}, {dtype}, {rows} rows, {where}"
                 torch.set_num_threads(count)
                 self.result["cases"].append(self.case(function, dtype, rows, count))
             torch.set_num_threads(max(self.plan.threads))
@@ -298,6 +268,12 @@ class Benchmark:
             for dtype, function in itertools.product(self.plan.dtypes, self.plan.functions):
                 yield f"{FUNCTIONS[function].title}, {dtype}, overhead of a call"
                 self.result["overhead"].append(self.overhead(function, dtype))
+            for dtype, function in self.plan.first_calls():
+                yield f"{FUNCTIONS[function].title}, {dtype}, first call"
+                self.inputs.clear()
+                self.device.release()
+                arguments = function, dtype, self.plan.vocabulary, self.device
+                self.result["first_calls"].append(first.in_fresh_processes(*arguments))
             if self.plan.generate:
                 yield "generate, end to end"
                 self.result["generate"] = self.generate()
@@ -319,12 +295,12 @@ class Benchmark:
         """Time for a token of `generate` with and without a blend, and what the blends did."""
         blends: dict[str, Any] = {}
         try:
-            setting = generation.make_setting(self.plan.seed)
+            setting = generation.make_setting(self.plan.seed, self.device.place)
             contenders = generation.contenders(setting, blends)
         except ImportError as error:
             return {"left_out": f"{error.name} is not installed: pip install '.[demo]'"}
         share = self.share(GENERATE_CASES) / len(contenders)
-        samples = interleave(contenders, self.plan.repeats, share, lambda *_: None)
+        samples = interleave(contenders, self.plan.repeats, share, lambda *_: None, self.device)
         return {
             **setting.described(),
             "threads": torch.get_num_threads(),
@@ -367,7 +343,7 @@ class Benchmark:
         first: dict[str, float] = {}
         memory, errors, gradients = {}, {}, {}
         contenders = {"products": hidden.bare_products(function, inputs)}
-        first["products"], _ = timed(contenders["products"])
+        first["products"], _ = CPU.timed(contenders["products"])
         for key, get in hidden.losses(name).items():
             contender = self.hidden_contender(key, get, function, inputs, notes)
             if contender is None:
@@ -385,7 +361,7 @@ class Benchmark:
             for key, contender in contenders.items():
                 once = not samples[key] and first[key] <= HIDDEN_SLOW
                 if once or time.monotonic() - started + first[key] <= share:
-                    samples[key].append(timed(contender)[0])
+                    samples[key].append(CPU.timed(contender)[0])
         return {
             "milliseconds": {
                 key: spread([1e3 * sample for sample in values or [first[key]]])
@@ -420,7 +396,7 @@ class Benchmark:
                 contender = hidden.contender(get(), function, inputs)
                 if key in hidden.COMPILED:
                     torch._dynamo.reset()  # an earlier case must not use up the recompilations
-                    timed(contender)
+                    CPU.timed(contender)
                 return contender
             except Exception as error:  # not installed, no compiler, or it fails in its own way
                 if wanted in ("opdc", "eager"):
@@ -432,7 +408,7 @@ class Benchmark:
     def orders(self, dtype: str) -> dict[str, Any]:
         """Top-K of the same logits in orders that a selection could dislike."""
         rows = min(ORDER_ROWS, *self.plan.rows)
-        inputs = self.inputs[dtype].slice(0, rows)
+        inputs = self.inputs_of(dtype).slice(0, rows)
         measured = {
             f"{name} {order}": work(
                 getattr(FUNCTIONS["topk"], call),
@@ -443,7 +419,9 @@ class Benchmark:
             for name, call in (("eager", "textbook"), ("opdc", "opdc"))
             if name in self.plan.contenders
         }
-        samples = interleave(measured, self.plan.repeats, ORDER_SECONDS, lambda *_: None)
+        samples = interleave(
+            measured, self.plan.repeats, ORDER_SECONDS, lambda *_: None, self.device
+        )
         record: dict[str, Any] = {"dtype": dtype, "rows": rows, "threads": max(self.plan.threads)}
         for key, values in samples.items():
             name, order = key.split()
@@ -454,13 +432,13 @@ class Benchmark:
         record: dict[str, Any] = {"function": function, "dtype": dtype}
         for name in ("eager", "opdc"):
             if name in self.plan.contenders:
-                arguments = FUNCTIONS[function], DTYPES[dtype], name == "eager"
+                arguments = FUNCTIONS[function], DTYPES[dtype], name == "eager", self.device
                 record[name] = call_overhead(*arguments)
         return record
 
     def case(self, name: str, dtype: str, rows: int, threads: int) -> dict[str, Any]:
         function = FUNCTIONS[name]
-        inputs = self.inputs[dtype].slice(0, rows)
+        inputs = self.inputs_of(dtype).slice(0, rows)
         notes: list[str] = []
         contenders = self.contenders(name, dtype, inputs, notes)
         errors: dict[str, float] = {}
@@ -469,24 +447,30 @@ class Benchmark:
         def inspect(key: str, result: Any) -> None:
             """All must have done the same work, up to the error against float64."""
             if key in contenders and reference is not None:
-                errors[key] = error(function, result, reference)
+                found = error(function, result, reference)
+                if found is not None:
+                    errors[key] = found
 
-        source, target = self.copy_from[:rows], self.copy_to[:rows]
+        copied = self.wide or inputs
+        source, target = copied.student[:rows], copied.scratch[:rows]
         measured = {
             **{key: value for key, value in contenders.items() if not key.startswith("opdc")},
             "copy": Contender(lambda: target.copy_(source)),
             "fill": Contender(lambda: torch.empty_like(inputs.student).fill_(1.0)),
             **{key: value for key, value in contenders.items() if key.startswith("opdc")},
         }
-        samples = interleave(measured, self.plan.repeats, self.share() / len(measured), inspect)
+        share = self.share() / len(measured)
+        samples = interleave(measured, self.plan.repeats, share, inspect, self.device)
         times = {key: microseconds(values, rows) for key, values in samples.items()}
         for key in contenders:
             self.seconds.setdefault((name, dtype, key), times[key]["median"] / 1e6)
-        stream = times["copy"]["median"] / 2
+        stream = times["copy"]["median"] / 2 * (4 / source.itemsize)  # of a float32 row
 
         memory = {}
         if rows == min(self.plan.rows) and threads == max(self.plan.threads):
-            memory = {key: extra_memory(contender) for key, contender in contenders.items()}
+            memory = {
+                key: self.device.extra_memory(contender) for key, contender in contenders.items()
+            }
             for key, size in memory.items():
                 if size is not None:
                     self.memory[name, dtype, key] = size / rows
@@ -515,6 +499,8 @@ class Benchmark:
             return self.laws[key]
         # A reference of all rows in float64 is too large to be made for the larger sizes.
         checked = not function.whole or len(inputs) == min(self.plan.rows)
+        need = DOUBLES * 8 * inputs.student.numel() if function.whole else 0
+        checked = checked and need < 0.8 * self.device.available_memory()
         return exact(function, inputs) if checked else None
 
     def contenders(
@@ -524,8 +510,8 @@ class Benchmark:
         function = FUNCTIONS[name]
         spent = time.monotonic() - self.started
         found: dict[str, Contender] = {}
-        for key in ("eager", "compile"):
-            if key not in self.plan.contenders:
+        for key, get in rivals(name).items():
+            if key not in self.plan.contenders or key not in self.device.rivals:
                 continue
             if spent > self.plan.budget:
                 notes.append(f"{key} left out: the budget of {self.plan.budget:.0f} s is spent")
@@ -533,36 +519,58 @@ class Benchmark:
             if self.seconds.get((name, dtype, key), 0.0) * len(inputs) > PATIENCE * self.share():
                 notes.append(f"{key} left out: a call takes too much of the budget")
                 continue
-            call = function.textbook
             if key == "compile":
                 if self.compile_error is not None:
                     notes.append(f"compile left out: {self.compile_error}")
                     continue
                 torch._dynamo.reset()  # an earlier case must not use up the recompilations
-                call = torch.compile(function.textbook, fullgraph=True, dynamic=False)
             pieces = self.pieces(name, dtype, key, len(inputs))
             if pieces > 1 and function.whole:
                 notes.append(f"{key} left out: it would not fit into memory")
                 continue
+            try:
+                found[key], pieces = self.tried(key, get(), function, inputs, pieces)
+            except torch.OutOfMemoryError:
+                notes.append(f"{key} left out: it would not fit into memory")
+                continue
+            except Exception as error:  # not installed, no compiler, or it fails in its own way
+                reason = _first_line(error)
+                notes.append(f"{key} left out: {reason}")
+                if key == "compile":
+                    self.compile_error = reason
+                continue
             if pieces > 1:
                 notes.append(f"{key} in {pieces} pieces: the whole would not fit into memory")
-            contender = work(call, function, inputs, pieces=pieces)
-            if key == "compile":
-                try:
-                    timed(contender)
-                except Exception as error:  # no compiler, or one that fails in its own way
-                    self.compile_error = _first_line(error)
-                    notes.append(f"compile left out: {self.compile_error}")
-                    continue
-            found[key] = contender
         if "opdc" in self.plan.contenders:
             found["opdc"] = work(function.opdc, function, inputs)
             if function.inplace:
                 found["opdc_inplace"] = work(function.opdc, function, inputs, inplace=True)
         return found
 
+    def tried(
+        self, key: str, call: Callable[..., Any], function: Function, inputs: Inputs, pieces: int
+    ) -> tuple[Contender, int]:
+        """A contender that has run once if it compiles at its first call, or may not fit; and the
+        pieces that it takes."""
+        while True:
+            contender = work(call, function, inputs, pieces=pieces)
+            try:
+                if key != "eager" or self.plan.on_gpu:
+                    self.device.timed(contender)
+                return contender, pieces
+            except torch.OutOfMemoryError:
+                if function.whole or pieces >= len(inputs):
+                    raise
+                pieces *= 2
+
     def pieces(self, name: str, dtype: str, contender: str, rows: int) -> int:
-        """Into how many pieces the rows must be cut for the memory to suffice."""
+        """Into how many pieces the rows must be cut for the memory to suffice.
+
+        A system may let a process take more than there is, and end it; a GPU refuses, and it can
+        be tried.
+        """
+        if self.plan.on_gpu:
+            return 1
         guess = 14 * 4 * self.plan.vocabulary  # of the Jensen-Shannon divergence, the greediest
         need = self.memory.get((name, dtype, contender), guess) * rows
         pieces = 1

@@ -14,11 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from .contenders import FUNCTIONS, TOP
+from .contenders import PACKAGES as LOGITS_PACKAGES
 from .hidden import PACKAGES
 
 NAMES = {
     "eager": "eager",
     "compile": "torch.compile",
+    "liger": "Liger",
+    "flashinfer": "FlashInfer",
     "opdc": "opdc",
     "opdc_inplace": "opdc in place",
 }
@@ -32,13 +35,15 @@ GENERATED = {
 COLOURS = {
     "eager": "#c9c9c9",
     "compile": "#8d99ae",
+    "liger": "#e0b45c",
+    "flashinfer": "#9bb87a",
     "opdc": "#7fb8e6",
     "opdc_inplace": "#1f6fb4",
 }
 FROM_HIDDEN = {
     "logits": "opdc on logits",
     "trl": "TRL",
-    "liger": "Liger",
+    "liger": NAMES["liger"],
     "eager": NAMES["eager"],
     "compile": NAMES["compile"],
 }
@@ -116,6 +121,21 @@ def principal(result: dict[str, Any]) -> list[Case]:
     return select(result, rows=rows, threads=threads)
 
 
+def on_gpu(result: dict[str, Any]) -> bool:
+    return bool(result.get("device", {}).get("type") == "cuda")
+
+
+def workers(result: dict[str, Any], record: dict[str, Any]) -> str:
+    """Who did what a record is of."""
+    return "on the GPU" if on_gpu(result) else plural(record["threads"], "thread")
+
+
+def share(case: Case, contender: str) -> float | None:
+    """Of the bandwidth of a copy: what moving the matrices alone would take of what is taken."""
+    found = median(case, contender)
+    return None if found is None else case["least"] * case["stream"] / found
+
+
 def plural(count: int, word: str) -> str:
     return f"{count:,} {word}" + ("" if count == 1 else "s")
 
@@ -169,6 +189,98 @@ def time_table(result: dict[str, Any], cases: list[Case]) -> Table:
             *(times(ratio(case, name)) for name in names if name in ("eager", "compile")),
             number(page_cost(case), 2),
         )
+    return table
+
+
+def gpu_rows(result: dict[str, Any], cases: list[Case]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells: milliseconds of the whole, how they compare, and the memory."""
+    names = contenders(result)
+
+    def milliseconds(case: Case, name: str) -> float | None:
+        found = median(case, name)
+        return None if found is None else found * case["rows"] / 1e3
+
+    def cells(case: Case) -> list[str]:
+        mine = milliseconds(case, best(case))
+        found = {name: milliseconds(case, name) for name in names}
+        return [
+            title(case),
+            case["dtype"],
+            *(
+                number(value) if name.startswith("opdc") else _with_ratio(value, mine)
+                for name, value in found.items()
+            ),
+            *(
+                MISSING if part is None else f"{part:.0%}"
+                for part in (share(case, name) for name in names if name.startswith("opdc"))
+            ),
+            _memory(case),
+        ]
+
+    mine = [name for name in names if name.startswith("opdc")]
+    headings = [
+        "loss + gradient, or a sample",
+        "dtype",
+        *(_in_readme(name) for name in names),
+        *(f"share, {_in_readme(name)}" for name in mine),
+        "extra memory, MiB",
+    ]
+    return headings, [cells(case) for case in cases]
+
+
+def gpu_remarks(result: dict[str, Any], cases: list[Case]) -> list[str]:
+    first = cases[0]
+    stream = statistics.median(case["stream"] for case in cases)
+    present = [name for name in contenders(result) if name in LOGITS_PACKAGES]
+    versions = "".join(
+        f", {NAMES[name]} {result['packages'][LOGITS_PACKAGES[name]]}" for name in present
+    )
+    remarks = [
+        f"Milliseconds, medians; {first['rows']:,} × {result['vocabulary']:,} logits, "
+        f"{device(result)}, opdc {result['machine']['opdc']}, torch "
+        f"{result['machine']['torch']}{versions}. In brackets: how many times as long as opdc, in "
+        "place where it can be.",
+        "*Share*: of the bandwidth of a copy of one matrix onto another in the same run, "
+        f"{number(4 * result['vocabulary'] / stream / 1e3)} GB/s read and written; every matrix "
+        "counts as read or written once.",
+        "Extra memory: the peak of PyTorch's allocator in a call, beyond what is there before it: "
+        "eager → opdc → in place.",
+    ]
+    if "flashinfer" in present:
+        remarks.append("FlashInfer gives tokens alone, the others their log-probs too.")
+    return [*remarks, *result["notes"]]
+
+
+def first_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells: milliseconds of a first call that compiles, and of one that need not."""
+    rows = [
+        [title(found), *(number(1e3 * found[call]) for call in ("compiled", "cached", "next"))]
+        for found in result["first_calls"]
+    ]
+    return ["first call of a process, ms", "nothing compiled", "from the disk", "the next"], rows
+
+
+def _in_readme(name: str) -> str:
+    return NAMES[name].replace("opdc in place", "opdc, `inplace`")
+
+
+def gpu_table(result: dict[str, Any], cases: list[Case]) -> Table:
+    headings, rows = gpu_rows(result, cases)
+    table = _table(
+        "On the GPU",
+        "\n".join(gpu_remarks(result, cases)).replace("*", ""),
+        [heading.replace("`", "") for heading in headings],
+    )
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def first_table(result: dict[str, Any]) -> Table:
+    headings, rows = first_rows(result)
+    table = _table("First calls", f"{seen(result['first_calls'], 'dtype')[0]} logits", headings)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
@@ -229,7 +341,7 @@ def orders_table(result: dict[str, Any]) -> Table:
     first = records[0]
     table = _table(
         f"{FUNCTIONS['topk'].title}: microseconds a row for rows in an adverse order "
-        f"({first['rows']} rows, {plural(first['threads'], 'thread')})",
+        f"({first['rows']} rows, {workers(result, first)})",
         "×: over rows in random order",
         ["order", *(f"{SHORT[name]}, {r['dtype']}" for r in records for name in names)],
     )
@@ -292,7 +404,7 @@ def generate_remark(result: dict[str, Any]) -> str:
         f"{measured['model']}, {measured['vocabulary']:,} logits, the teacher as large and "
         f"{number(measured['divergence'], 2)} nats away; {measured['batch']} responses of "
         f"{measured['new_tokens']} tokens, ε = {measured['epsilon']}, drafts of "
-        f"{measured['draft_length']}, {plural(measured['threads'], 'thread')}. Forwards and "
+        f"{measured['draft_length']}, {workers(result, measured)}. Forwards and "
         "seconds: of the student + of the teacher (+ of the sampling)."
     )
 
@@ -403,6 +515,15 @@ def machine(result: dict[str, Any]) -> str:
     )
 
 
+def device(result: dict[str, Any]) -> str:
+    """The GPU in words."""
+    facts = result["device"]
+    return (
+        f"{facts['name']} ({facts['memory'] / 2**30:.0f} GiB, capability {facts['capability']}), "
+        f"CUDA {facts['cuda']}, driver of CUDA {facts['driver'] or 'unknown'}"
+    )
+
+
 def print_hidden(measured: dict[str, Any], console: Console) -> None:
     about, products, memory = hidden_remarks(measured)
     error = (
@@ -427,11 +548,16 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
         console = Console(file=console.file, width=160)  # a file has no edge to fold lines at
     console.print(machine(result), highlight=False)
     cases = result["cases"]
+    if on_gpu(result):
+        for rows in seen(cases, "rows"):
+            console.print(gpu_table(result, select(result, rows=rows)), "", highlight=False)
+        if result["first_calls"]:
+            console.print(first_table(result), "", highlight=False)
     groups = dict.fromkeys((c["rows"], c["threads"], c["dtype"]) for c in cases)
-    for rows, threads, dtype in groups:
+    for rows, threads, dtype in () if on_gpu(result) else groups:
         chosen = select(result, rows=rows, threads=threads, dtype=dtype)
         console.print(time_table(result, chosen), "", highlight=False)
-    if cases:
+    if cases and not on_gpu(result):
         console.print(
             "[dim]streams: of opdc with a fresh gradient, and in place; least: every matrix read "
             "or written once. ×: over opdc,\nin place where it can be. pages: what a fresh gradient"
@@ -460,7 +586,8 @@ def notes(result: dict[str, Any]) -> dict[str, str]:
     """What was left out or done otherwise, and where."""
     found: dict[str, list[str]] = {}
     for case in result["cases"]:
-        where = f"{title(case)} {case['dtype']} {case['rows']} rows {case['threads']} thr."
+        threads = "" if on_gpu(result) else f" {case['threads']} thr."
+        where = f"{title(case)} {case['dtype']} {case['rows']} rows{threads}"
         for note in case["notes"]:
             found.setdefault(note, []).append(where)
     for case in (result.get("hidden") or {"cases": []})["cases"]:
@@ -479,7 +606,7 @@ def notes(result: dict[str, Any]) -> dict[str, str]:
 
 def sections(result: dict[str, Any]) -> dict[str, str]:
     """What a README shows, by the name of its markers."""
-    found = {"benchmark": _benchmark_markdown(result)}
+    found = {"benchmark-cuda" if on_gpu(result) else "benchmark": _benchmark_markdown(result)}
     if measured := result.get("hidden"):
         found["hidden"] = _hidden_markdown(measured)
     return {name: text for name, text in found.items() if text}
@@ -496,7 +623,7 @@ def _benchmark_markdown(result: dict[str, Any]) -> str:
     """The principal cases, and `generate`."""
     parts = []
     if result["cases"]:
-        parts.append(_principal_markdown(result))
+        parts.append((_gpu_markdown if on_gpu(result) else _principal_markdown)(result))
     if was_generated(result):
         headings, rows = generate_rows(result)
         parts.append("\n".join([*markdown_table(headings, rows, 1), "", generate_remark(result)]))
@@ -512,6 +639,14 @@ def markdown_table(headings: list[str], rows: Iterable[list[str]], labels: int) 
     ]
 
 
+def _gpu_markdown(result: dict[str, Any]) -> str:
+    cases = principal(result)
+    lines = [*markdown_table(*gpu_rows(result, cases), labels=2), ""]
+    if result["first_calls"]:
+        lines += [*markdown_table(*first_rows(result), labels=1), ""]
+    return "\n".join([*lines, *gpu_remarks(result, cases)])
+
+
 def _principal_markdown(result: dict[str, Any]) -> str:
     """The principal cases as a Markdown table, with the machine below."""
     cases = principal(result)
@@ -523,7 +658,7 @@ def _principal_markdown(result: dict[str, Any]) -> str:
         ("dtype", lambda case: str(case["dtype"])),
     ]
     for name in names:
-        heading = NAMES[name].replace("opdc in place", "opdc, `inplace`")
+        heading = _in_readme(name)
         columns.append((heading, lambda case, name=name: number(median(case, name))))  # type: ignore[misc]
     for name in compared:
         heading = f"vs {NAMES[name]}"
@@ -647,9 +782,14 @@ def save_plot(result: dict[str, Any], path: Path) -> None:
         axes.spines[["top", "right", "left"]].set_visible(False)
     panels[0, 0].invert_yaxis()
     first = cases[0]
+    where = (
+        device(result)
+        if on_gpu(result)
+        else (f"{workers(result, first)}, {result['machine']['cpu']}")
+    )
     figure.suptitle(
         f"Loss and gradient, or a sample: {first['rows']:,} × {result['vocabulary']:,} logits, "
-        f"{plural(first['threads'], 'thread')}, {result['machine']['cpu']}"
+        + where
         + ("\nnumbers: how many times faster than eager" if "eager" in names else ""),
         fontsize=10,
     )
