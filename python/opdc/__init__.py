@@ -1,6 +1,6 @@
 """Losses and samplers of on-policy distillation of language models: from student and teacher logits
-to a loss and its gradient, or to a token, exact and in few passes over memory, on the CPU, for
-PyTorch.
+to a loss and its gradient, or to a token, exact and in few passes over memory, on the CPU and on
+CUDA GPUs, for PyTorch.
 
 >>> import opdc, torch
 >>> student = torch.randn(2, 5, 100, requires_grad=True)  # (batch, sequence, vocabulary)

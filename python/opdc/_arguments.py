@@ -103,11 +103,13 @@ def _evaluate(
         student = projection(name, student)
     else:
         require_tensor(name, student)
-    all_tensors: Tensors = {
-        **(tensors or {}),
-        "mask": None if mask is None else active("mask", mask),
-        "weights": constant_or_none("weights", weights),
-    }
+    mask = None if mask is None else active("mask", mask)
+    weights = constant_or_none("weights", weights)
+    if isinstance(num_items, Tensor) and _ops.is_on_gpu(num_items):
+        given = student.hidden if isinstance(student, Projection) else student
+        mask, weights = _ops.fold(num_items, given, mask, weights)
+        num_items = 1
+    all_tensors: Tensors = {**(tensors or {}), "mask": mask, "weights": weights}
     all_integers = {**(integers or {}), "reduction": reduction_index}
     if meeting is not None:
         student, all_tensors["teacher"] = meeting.open(student, all_tensors.get("teacher"))
@@ -480,6 +482,21 @@ _NARROW_INTEGERS = frozenset(
 def token_ids(name: str, tokens: Tensor) -> Tensor:
     require_tensor(name, tokens)
     return tokens.long() if tokens.dtype in _NARROW_INTEGERS else tokens
+
+
+def uniforms(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Numbers in [0, 1), drawn on the device of the generator."""
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    where = device if generator is None else generator.device
+    drawn = torch.rand(shape, dtype=dtype, device=where, generator=generator)
+    # From the CPU to a GPU nobody has to wait; the other way nobody may go on.
+    return drawn.to(device, non_blocking=where.type == "cpu")
 
 
 def require_overwritable(student: Logits, teacher: Logits | None) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import _ops
 from . import metrics as _metrics
+from ._groups import CPU, exchangeable
 from .projection import Projection
 
 if TYPE_CHECKING:
@@ -466,7 +467,7 @@ class _SumOfShares(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, total: float) -> Tensor:
-        return value.new_tensor(total)
+        return value.new_full((), total)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
@@ -493,7 +494,8 @@ class _Agreement:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if not self.groups or not (error is None or isinstance(error, Exception)):
             return
-        sums = torch.tensor([self.number, error is not None], dtype=torch.float64)
+        device = exchangeable(self.groups[0], CPU)
+        sums = torch.tensor([self.number, error is not None], dtype=torch.float64, device=device)
         for group in self.position_groups:
             dist.all_reduce(sums, group=group)
         failures = sums[1:].clone()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,7 +46,7 @@ _gradient_operator: Callable[..., tuple[Tensor, ...]] = torch.ops.opdc.gathered_
 # ----------------------------------------------------------------- operators
 
 
-def _support_cpu(hidden: Tensor, weight: Tensor, *call: Any) -> tuple[Tensor, ...]:
+def _support_kernel(hidden: Tensor, weight: Tensor, *call: Any) -> tuple[Tensor, ...]:
     """The ids that are read of each position, and where a loss finds the teacher's slots among
     them, and the token."""
     no_others = (None,) * (len(_projected._HEADS) - 1)
@@ -55,23 +55,28 @@ def _support_cpu(hidden: Tensor, weight: Tensor, *call: Any) -> tuple[Tensor, ..
     checked.check(value, rows, None)
     tensors = checked.tensors
     slot_ids, logprobs = _given(tensors["slot_ids"]).long(), _given(tensors["slot_logprobs"])
+    # Out of range, which on a GPU is seen here first: an id that no head has.
+    vocabulary, beyond = checked.valid_vocab or weight.shape[0], weight.shape[0]
+    slot_ids = slot_ids.where(slot_ids < vocabulary, beyond)
     slots = slot_ids.shape[-1]
-    columns = torch.arange(slots).where(slot_ids >= 0, -1)
+    columns = torch.arange(slots, device=slot_ids.device).where(slot_ids >= 0, -1)
     active = tensors["mask"]
     if active is None:
-        active = torch.ones(slot_ids.shape[:-1], dtype=torch.bool)
-    if checked.settings[-1] == 0:  # num_items: nothing is evaluated
+        active = slot_ids.new_ones(slot_ids.shape[:-1], dtype=torch.bool)
+    if checked.num_items == 0:  # nothing is evaluated
         active = torch.zeros_like(active)
-    enters = (slot_ids >= 0) & (logprobs != -math.inf) & active[..., None]
+    enters = (slot_ids >= 0) & (logprobs != -math.inf) & active.unsqueeze(-1)
     ids = slot_ids.where(enters, -1)
     if checked.integers["support"] != _ops.SUPPORTS.index("teacher+token"):
         return ids, columns, ids.new_empty(0)
     tokens = _given(tensors["tokens"]).long()
-    is_token = enters & (slot_ids == tokens[..., None])
+    tokens = tokens.where((tokens >= 0) & (tokens < vocabulary), beyond)
+    is_token = enters & (slot_ids == tokens.unsqueeze(-1))
     is_slot = is_token.any(-1)
     places = is_token.int().argmax(-1).where(is_slot, slots)
     is_added = active & ~is_slot & (_given(tensors["teacher_logprobs"]) != -math.inf)
-    return torch.cat([ids, tokens.where(is_added, -1)[..., None]], -1), columns, places
+    added = tokens.where(is_added, -1).unsqueeze(-1)
+    return torch.cat([ids, added], -1), columns, places
 
 
 def _given(tensor: Tensor | None) -> Tensor:
@@ -80,7 +85,7 @@ def _given(tensor: Tensor | None) -> Tensor:
 
 
 def _support_fake(hidden: Tensor, weight: Tensor, *call: Any) -> tuple[Tensor, ...]:
-    _ops._check_devices(hidden, (weight, *call), ("weight", *_ops.TENSORS))
+    _ops.check_devices(hidden, (weight, *call), ("weight", *_ops.TENSORS))
     tensors = dict(zip(_ops.TENSORS, call, strict=False))
     integers = dict(zip(_ops.INTEGERS, call[_ops._REDUCTION :], strict=False))
     slot_ids = tensors["slot_ids"]
@@ -92,11 +97,14 @@ def _support_fake(hidden: Tensor, weight: Tensor, *call: Any) -> tuple[Tensor, .
 
 
 def _logits_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
-    _ops._check_devices(hidden, (weight, bias, ids), ("weight", "bias", "ids"))
+    _ops.check_devices(hidden, (weight, bias, ids), ("weight", "bias", "ids"))
     return hidden.new_empty(ids.shape, dtype=_ops._arithmetic(hidden, weight))
 
 
-def _logits_cpu(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
+def _logits_kernel(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
+    if _ops.is_on_gpu(hidden):
+        by_torch: Tensor = _logits_by_torch(hidden, weight, bias, ids)
+        return by_torch
     logits = _logits_fake(hidden, weight, bias, ids)
     _C.gathered_logits(hidden, weight, bias, ids, logits, torch.get_num_threads())
     return logits
@@ -121,16 +129,21 @@ def _gradients(
 def _gradient_fake(
     hidden: Tensor, weight: Tensor, ids: Tensor, upstream: Tensor, wanted: int, sparse: bool
 ) -> tuple[Tensor, ...]:
-    _ops._check_devices(hidden, (weight, ids, upstream), ("weight", "ids", "upstream"))
+    _ops.check_devices(hidden, (weight, ids, upstream), ("weight", "ids", "upstream"))
     count = torch.library.get_ctx().new_dynamic_size() if sparse else 0
     rows = count if sparse else weight.shape[0]
     d_hidden, *others = _gradients(hidden, weight, wanted, rows, torch.empty)
     return d_hidden, ids.new_empty(count, dtype=torch.int64), *others
 
 
-def _gradient_cpu(
+def _gradient_kernel(
     hidden: Tensor, weight: Tensor, ids: Tensor, upstream: Tensor, wanted: int, sparse: bool
 ) -> tuple[Tensor, ...]:
+    if _ops.is_on_gpu(hidden):
+        by_torch: tuple[Tensor, ...] = _gradient_by_torch(
+            hidden, weight, ids, upstream, wanted, sparse
+        )
+        return by_torch
     rows = _named(ids, weight.shape[0])
     count, of_rows = (len(rows), torch.empty) if sparse else (weight.shape[0], _zeros)
     gradients = _gradients(hidden, weight, wanted, count, of_rows)
@@ -142,8 +155,9 @@ def _gradient_cpu(
 
 def _named(ids: Tensor, vocabulary: int) -> Tensor:
     """Each id that is there, once, in order."""
-    found = torch.zeros(vocabulary + 1, dtype=torch.bool)
-    found[ids.reshape(-1).long().clamp(min=-1)] = True  # of −1, the last
+    found = torch.zeros(vocabulary + 1, dtype=torch.bool, device=ids.device)
+    ids = ids.reshape(-1).long()
+    found[ids.where((ids >= 0) & (ids < vocabulary), vocabulary)] = True
     return found[:-1].nonzero().squeeze(1)
 
 
@@ -157,14 +171,97 @@ def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Te
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-for _name, _cpu, _fake in (
-    ("gathered_support", _support_cpu, _support_fake),
-    ("gathered_logits", _logits_cpu, _logits_fake),
-    ("gathered_gradient", _gradient_cpu, _gradient_fake),
+# The same by torch, for GPUs.
+
+_BYTES = 256 << 20  # of the rows, or products, that exist at a time
+
+
+def _products(hidden: Tensor, weight: Tensor, ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """By chunks of positions: the rows of the weight that their ids name, `(n, K, H)`, in the dtype
+    of the arithmetic. Of ids that are none or out of range the rows are 0."""
+    dtype = _ops._arithmetic(hidden, weight)
+    count, slots = ids.shape
+    vocabulary, width = weight.shape
+    # What is gathered comes in the dtype of the weight first.
+    bytes_each = slots * width * (weight.dtype.itemsize + dtype.itemsize)
+    length = max(_BYTES // max(bytes_each, 1), 1)
+    for start in range(0, count, length):
+        chunk = slice(start, min(start + length, count))
+        named = ids[chunk]
+        rows = weight.index_select(0, named.reshape(-1).clamp(0, vocabulary - 1)).to(dtype)
+        missing = (named < 0) | (named >= vocabulary)
+        yield chunk, rows.view(*named.shape, width).masked_fill(missing.unsqueeze(-1), 0)
+
+
+@_projected._as_they_are
+def _logits_by_torch(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
+    """As the kernel, but for ids out of range, whose logits are NaN."""
+    whole = _logits_fake(hidden, weight, bias, ids)
+    slots, vocabulary = ids.shape[-1], weight.shape[0]
+    named = ids.reshape(math.prod(ids.shape[:-1]), slots).long()
+    logits = whole.view(named.shape)
+    if vocabulary:
+        states = hidden.reshape(len(named), hidden.shape[-1])
+        for chunk, rows in _products(hidden, weight, named):
+            columns = states[chunk].unsqueeze(-1).to(rows.dtype)
+            torch.bmm(rows, columns, out=logits[chunk].unsqueeze(-1))
+        if bias is not None:
+            logits += bias.to(logits.dtype)[named.clamp(0, vocabulary - 1)]
+    logits.masked_fill_(named < 0, -math.inf).masked_fill_(named >= vocabulary, math.nan)
+    return whole
+
+
+@_projected._as_they_are
+def _gradient_by_torch(
+    hidden: Tensor, weight: Tensor, ids: Tensor, upstream: Tensor, wanted: int, sparse: bool
+) -> tuple[Tensor, ...]:
+    """As the kernel; ids out of range have no row to give a gradient to. A sum runs over the
+    positions in order, by one thread: the same bits in every run. The host waits if it has to know
+    how many rows a sparse gradient has."""
+    count, slots, (vocabulary, width) = math.prod(ids.shape[:-1]), ids.shape[-1], weight.shape
+    named, factors = ids.reshape(count, slots).long(), upstream.reshape(count, slots)
+    states = hidden.reshape(count, width)
+    rows = _named(named, vocabulary) if sparse else named.new_empty(0)
+    gradients = _gradients(hidden, weight, wanted, len(rows) if sparse else vocabulary, torch.zeros)
+    d_hidden, d_weight, d_bias = gradients
+    if wanted & 1 and vocabulary:
+        to = d_hidden.view(count, width)
+        for chunk, of_ids in _products(hidden, weight, named):
+            torch.bmm(factors[chunk].unsqueeze(1), of_ids, out=to[chunk].unsqueeze(1))
+    elif wanted & 1:  # as the product with rows of zeros
+        d_hidden.view(count, width).copy_((factors * 0).sum(-1, keepdim=True))
+    if not wanted & 6 or not vocabulary:
+        return gradients[0], rows, *gradients[1:]
+    flat = named.reshape(-1)
+    flat = flat.where((flat >= 0) & (flat < vocabulary), vocabulary)  # the last ones, and no row's
+    flat, order = flat.sort(stable=True)
+    ids_of_rows = rows if sparse else torch.arange(vocabulary, device=flat.device)
+    lengths = torch.searchsorted(flat, ids_of_rows, right=True)
+    lengths -= torch.searchsorted(flat, ids_of_rows)
+    factors = factors.reshape(-1, 1)[order]
+    if wanted & 4:
+        d_bias.copy_(_sums(factors, lengths).squeeze(1))
+    if wanted & 2:
+        positions = order // max(slots, 1)
+        bytes_each = (2 * len(flat) + vocabulary) * factors.dtype.itemsize
+        columns = max(_BYTES // bytes_each, 1)
+        for start in range(0, width, columns):
+            part = states[:, start : start + columns].index_select(0, positions)
+            d_weight[:, start : start + columns] = _sums(part * factors, lengths)
+    return gradients[0], rows, *gradients[1:]
+
+
+def _sums(numbers: Tensor, lengths: Tensor) -> Tensor:
+    """Of stretches of the rows, the first ones, one after another."""
+    return torch.segment_reduce(numbers, "sum", lengths=lengths, axis=0, unsafe=True)
+
+
+for _name, _kernel, _fake in (
+    ("gathered_support", _support_kernel, _support_fake),
+    ("gathered_logits", _logits_kernel, _logits_fake),
+    ("gathered_gradient", _gradient_kernel, _gradient_fake),
 ):
-    _ops._library.impl(_name, _cpu, "CPU")
-    _ops._library.impl(_name, _ops._refuse_cuda, "CUDA")
-    torch.library.register_fake(f"opdc::{_name}", _fake, lib=_ops._library)
+    _ops.implement(_name, _kernel, _fake)
 
 torch.library.register_autograd(
     "opdc::gathered_logits", _ops._refuse_bare_operator, lib=_ops._library

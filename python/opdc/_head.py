@@ -7,6 +7,7 @@ given have the same interface as those that a head makes.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -14,16 +15,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 8 << 20  # of a head that is worked on at a time, in the dtype of the arithmetic
+from . import _ops
+
+# Of a head that is worked on at a time, in the dtype of the arithmetic: what a CPU's cache holds,
+# and what keeps a GPU busy.
+BLOCK_BYTES = 8 << 20
+BLOCK_BYTES_ON_GPU = 32 << 20
 
 
 class Positions:
-    """The active positions of a call, in order: what they are among all of them."""
+    """The active positions of a call, in order: what they are among all of them.
+
+    On a GPU all of them are taken for active: the host would have to wait to know how many are.
+    Those that are not, `idle`, have zeros in the place of hidden states, which may be anything.
+    """
 
     def __init__(self, shape: Sequence[int], mask: Tensor | None) -> None:
         self.shape = tuple(shape)
         self.total = math.prod(self.shape)
-        index = None if mask is None else mask.reshape(-1).nonzero().squeeze(1)
+        self.idle: Tensor | None = None  # (N, 1)
+        index = None
+        if mask is not None and _ops.is_on_gpu(mask):
+            self.idle = mask.reshape(self.total, 1).logical_not()
+        elif mask is not None:
+            index = mask.reshape(-1).nonzero().squeeze(1)
         self.index = None if index is None or len(index) == self.total else index  # None: all
         self.count = self.total if self.index is None else len(self.index)
 
@@ -50,16 +65,22 @@ class Positions:
                 return flat.index_select(0, index)
             return torch.index_select(flat, 0, index, out=out)
         # Never the whole tensor, which is as large as all logits.
-        index = torch.arange(start, stop) if self.index is None else self.index[start:stop]
-        places = torch.unravel_index(index, self.shape)
+        if self.index is None:
+            index = torch.arange(start, stop, device=tensor.device)
+        else:
+            index = self.index[start:stop]
+        places: list[Tensor] = []
+        for size in reversed(self.shape):  # torch.unravel_index copies numbers from the host
+            places.insert(0, index % size)
+            index = index // size
         if out is None:
-            return tensor[places]
-        return torch.ops.aten.index.Tensor_out(tensor, list(places), out=out)  # type: ignore[no-any-return]
+            return tensor[tuple(places)]
+        return torch.ops.aten.index.Tensor_out(tensor, places, out=out)  # type: ignore[no-any-return]
 
-    def sequences(self) -> Tensor:
-        """The number of the sequence, a stretch of the last axis, of each."""
-        index = torch.arange(self.total) if self.index is None else self.index
-        return index // (self.shape[-1] if self.shape else 1)
+    def clear(self, rows: Tensor, start: int) -> None:
+        """Zeroes the idle ones of a chunk."""
+        if self.idle is not None:
+            rows.masked_fill_(self.idle[start : start + len(rows)], 0)
 
     def put(self, output: Tensor, start: int, rows: Tensor) -> None:
         """Writes the rows of a chunk into a contiguous (..., n)."""
@@ -152,6 +173,7 @@ class Head:
         bias, inputs, adapter = others
         scale, softcap = numbers
         self.dtype = head_dtype(hidden, weight)
+        self.on_gpu = _ops.is_on_gpu(hidden)
         self.whole = weight.shape[0]
         self.vocabulary = vocabulary
         self.scale, self.softcap = scale, softcap
@@ -171,8 +193,8 @@ class Head:
                 factors.of_inputs.zero_()
 
     def _is_large(self, weight: Tensor) -> bool:
-        """Whether it takes several blocks."""
-        return self._block_rows(weight) < self.vocabulary
+        """Whether a product with it is one of several blocks, each put in its place afterwards."""
+        return self._block_rows(weight) < self.vocabulary and not self.on_gpu
 
     @property
     def _longest_product(self) -> int:
@@ -183,7 +205,8 @@ class Head:
     def _block_rows(self, weight: Tensor) -> int:
         """How many ids are converted at a time."""
         row = max(weight.shape[1] * self.dtype.itemsize, 1)
-        return min(max(BLOCK_BYTES // row, 1), self.vocabulary)
+        block = BLOCK_BYTES_ON_GPU if self.on_gpu else BLOCK_BYTES
+        return min(max(block // row, 1), self.vocabulary)
 
     @property
     def fixed_bytes(self) -> int:
@@ -200,13 +223,13 @@ class Head:
         return numbers * self.dtype.itemsize
 
     def allocate(self, rows: int) -> None:
-        shape = (rows, self.vocabulary)
-        self.buffer = torch.empty(shape, dtype=self.dtype)
+        empty = functools.partial(self.factors[0].inputs.new_empty, dtype=self.dtype)
+        self.buffer = empty((rows, self.vocabulary))
         # The derivative of tanh needs the logits, which the gradient otherwise overwrites.
         separate = self.softcap and self.with_gradient
-        self.gradient_buffer = torch.empty(shape, dtype=self.dtype) if separate else self.buffer
-        self.block = torch.empty(self.fixed_bytes // self.dtype.itemsize, dtype=self.dtype)
-        self.products = torch.empty(self._longest_product * rows, dtype=self.dtype)
+        self.gradient_buffer = torch.empty_like(self.buffer) if separate else self.buffer
+        self.block = empty(self.fixed_bytes // self.dtype.itemsize)
+        self.products = empty(self._longest_product * rows)
 
     def _whole(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """A weight in the dtype of the arithmetic: as it is, or by blocks."""
@@ -226,7 +249,9 @@ class Head:
             yield ids, rows
 
     def _scaled_rows(self, inputs: Tensor, start: int, stop: int, scale: float) -> Tensor:
-        rows = self.positions.rows(inputs, start, stop).to(self.dtype)
+        has_idle = self.positions.idle is not None
+        rows = self.positions.rows(inputs, start, stop).to(self.dtype, copy=has_idle)
+        self.positions.clear(rows, start)
         return rows if scale == 1 else rows * scale
 
     def logits(self, start: int, stop: int) -> Tensor:
@@ -237,13 +262,13 @@ class Head:
         for inputs, weight, _, _ in self.factors:
             rows = self._scaled_rows(inputs, start, stop, self.inner)
             columns = rows.T.contiguous()
-            for ids, block in self._blocks(weight):
+            for ids, block in self._whole(weight) if self.on_gpu else self._blocks(weight):
                 to = logits[:, ids]
                 if not self._is_large(weight):
                     to.addmm_(rows, block.T, beta=add)
                     continue
                 # W hᵀ, not h Wᵀ: of few positions and many ids the product would rearrange all of W
-                # first, which takes a third of its time.
+                # first on a CPU, which takes a third of its time.
                 product = self.products[: len(block) * len(rows)].view(len(block), len(rows))
                 torch.mm(block, columns, out=product)
                 (to.add_ if add else to.copy_)(product.T)
@@ -259,6 +284,7 @@ class Head:
         if self.softcap:  # the derivative of tanh is 1 − tanh²
             logits = self.buffer[: stop - start]
             gradient.addcmul_(gradient, logits.square_(), value=-1 / self.softcap**2)
+            self.positions.clear(gradient, start)  # 0, if the head makes NaN of 0 too
         for inputs, weight, of_inputs, of_weight in self.factors:
             if of_inputs is not None:
                 in_place = self.positions.index is None
@@ -271,6 +297,7 @@ class Head:
                     rows.addmm_(gradient[:, ids], block, beta=bool(ids.start))
                 if self.scale != 1:
                     rows.mul_(self.scale)
+                self.positions.clear(rows, start)
                 if not in_place:
                     self.positions.put(of_inputs, start, rows)
             if of_weight is not None:

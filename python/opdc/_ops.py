@@ -133,7 +133,7 @@ def _in_order(student: Tensor, call: Sequence[Any]) -> tuple[Any, ...]:
     return method, student, *tensors, settings, *integers
 
 
-def _loss_cpu(student: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _loss_kernel(student: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *call, with_gradient, with_metrics = arguments
     arithmetic = _arithmetic(student, call[0])
     value, rows, metrics = _outputs(student, arithmetic, call[_REDUCTION], with_metrics)
@@ -144,7 +144,7 @@ def _loss_cpu(student: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return value, gradient, rows, metrics
 
 
-def _loss_inplace_cpu(student: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _loss_inplace_kernel(student: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *call, with_metrics = arguments
     teacher = call[0]
     if teacher is not None:
@@ -166,32 +166,33 @@ def require_apart(student: Tensor, teacher: Tensor) -> None:
 
 
 def _share_memory(first: Tensor, second: Tensor) -> bool:
-    """Whether the stretches of memory from first to last element overlap."""
+    """Whether the stretches of memory from first to last element overlap. (Of tensors on different
+    devices, which the core refuses, addresses mean nothing.)"""
 
     def last_byte(tensor: Tensor) -> int:
         steps = zip(tensor.shape, tensor.stride(), strict=True)
         offset = sum((size - 1) * stride for size, stride in steps)
         return tensor.data_ptr() + (offset + 1) * tensor.element_size() - 1
 
-    if not first.numel() or not second.numel():
+    if not first.numel() or not second.numel() or first.device != second.device:
         return False
     return first.data_ptr() <= last_byte(second) and second.data_ptr() <= last_byte(first)
 
 
-def _gradient_cpu(student: Tensor, *arguments: Any) -> Tensor:
+def _gradient_kernel(student: Tensor, *arguments: Any) -> Tensor:
     *call, rows, upstream = arguments
     gradient = student.new_empty(student.shape)
     _core_gradient(*_in_order(student, call), rows, upstream, gradient, torch.get_num_threads())
     return gradient
 
 
-def _scale_cpu(gradient: Tensor, upstream: Tensor) -> Tensor:
+def _scale_kernel(gradient: Tensor, upstream: Tensor) -> Tensor:
     output = gradient.new_empty(gradient.shape)
     _C.scale(gradient, upstream, output, torch.get_num_threads())
     return output
 
 
-def _scale_inplace_cpu(gradient: Tensor, upstream: Tensor) -> None:
+def _scale_inplace_kernel(gradient: Tensor, upstream: Tensor) -> None:
     _C.scale(gradient, upstream, gradient, torch.get_num_threads())
     _overwritten(gradient)
 
@@ -202,39 +203,42 @@ def _overwritten(tensor: Tensor) -> None:
         torch.autograd.graph.increment_version(tensor)
 
 
-def _check_devices(
-    student: Tensor, tensors: Sequence[Tensor | None], names: Sequence[str] = TENSORS
+def check_devices(
+    first: Tensor,
+    tensors: Sequence[Tensor | None],
+    names: Sequence[str] = TENSORS,
+    name_of_first: str = "student",
 ) -> None:
-    """Beside a meta tensor, fake kernels run for real: they would return uninitialised memory."""
+    """What the core checks, for those that come before it: fake kernels, which beside a meta tensor
+    run for real and would return uninitialised memory, and what is done with tensors in Python."""
     for name, tensor in zip(names, tensors, strict=False):
-        if tensor is not None and tensor.device != student.device:
+        if tensor is not None and tensor.device != first.device:
             raise TypeError(
-                f"{name} is on {tensor.device} but student is on {student.device}: "
+                f"{name} is on {tensor.device} but {name_of_first} is on {first.device}: "
                 "move them to the same device"
             )
 
 
 def _loss_fake(student: Tensor, *call: Any) -> tuple[Tensor, ...]:
     *_, with_gradient, with_metrics = call
-    _check_devices(student, call)
+    check_devices(student, call)
     arithmetic = _arithmetic(student, call[0])
     value, rows, metrics = _outputs(student, arithmetic, call[_REDUCTION], with_metrics)
     return value, student.new_empty(student.shape if with_gradient else 0), rows, metrics
 
 
 def _loss_inplace_fake(student: Tensor, *call: Any) -> tuple[Tensor, ...]:
-    _check_devices(student, call)
+    check_devices(student, call)
     return _outputs(student, _arithmetic(student, call[0]), call[_REDUCTION], call[-1])
 
 
 def _gradient_fake(student: Tensor, *call: Any) -> Tensor:
-    _check_devices(student, call)
+    check_devices(student, call)
     return student.new_empty(student.shape)
 
 
 def _scale_fake(gradient: Tensor, upstream: Tensor) -> Tensor:
-    if gradient.device != upstream.device:
-        raise TypeError(f"upstream is on {upstream.device} but gradient is on {gradient.device}")
+    check_devices(gradient, (upstream,), ("upstream",), "gradient")
     return gradient.new_empty(gradient.shape)
 
 
@@ -250,7 +254,7 @@ def _topk_fake(
     return ids, logits.new_empty(shape, dtype=_arithmetic(logits))
 
 
-def _topk_cpu(
+def _topk_kernel(
     logits: Tensor, k: int, temperature: Tensor, valid_vocab: int
 ) -> tuple[Tensor, Tensor]:
     ids, logprobs = _topk_fake(logits, k, temperature, valid_vocab)
@@ -275,12 +279,12 @@ def _blended(student: Tensor, tensors: Sequence[Any]) -> tuple[Tensor, Tensor]:
 
 
 def _sample_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    _check_devices(student, arguments, SAMPLING_TENSORS)
+    check_devices(student, arguments, SAMPLING_TENSORS)
     return _sampled(student, arguments)
 
 
 def _blend_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    _check_devices(student, arguments, SAMPLING_TENSORS)
+    check_devices(student, arguments, SAMPLING_TENSORS)
     return _blended(student, arguments)
 
 
@@ -290,13 +294,13 @@ def _sampling_in_order(student: Tensor, arguments: Sequence[Any]) -> tuple[Any, 
     return student, *tensors, *numbers.tolist(), *arguments[5:]
 
 
-def _sample_cpu(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _sample_kernel(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     outputs = _sampled(student, arguments)
     _core_sample(*_sampling_in_order(student, arguments), *outputs, torch.get_num_threads())
     return outputs
 
 
-def _blend_cpu(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _blend_kernel(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     outputs = _blended(student, arguments)
     _core_blend(*_sampling_in_order(student, arguments), *outputs, torch.get_num_threads())
     return outputs
@@ -305,11 +309,12 @@ def _blend_cpu(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 def _drift_gate_fake(
     logprobs: Tensor, old_logprobs: Tensor, mask: Tensor | None, block: int, kappa: Tensor
 ) -> Tensor:
+    check_devices(logprobs, (old_logprobs, mask), ("old_logprobs", "mask"), "logprobs")
     dtype = torch.promote_types(logprobs.dtype, old_logprobs.dtype)
     return logprobs.new_empty(logprobs.shape, dtype=torch.promote_types(dtype, torch.float32))
 
 
-def _drift_gate_cpu(
+def _drift_gate_kernel(
     logprobs: Tensor, old_logprobs: Tensor, mask: Tensor | None, block: int, kappa: Tensor
 ) -> Tensor:
     weights = _drift_gate_fake(logprobs, old_logprobs, mask, block, kappa)
@@ -317,24 +322,35 @@ def _drift_gate_cpu(
     return weights
 
 
-def _refuse_cuda(*_: Any) -> NoReturn:
-    raise TypeError("CUDA tensors are not supported yet: move them to the CPU with .cpu()")
+def _refuse_device(*arguments: Any) -> NoReturn:
+    devices = {str(x.device) for x in arguments if isinstance(x, Tensor) and not x.is_cpu}
+    raise TypeError(
+        f"got tensors on {', '.join(sorted(devices))}: opdc computes on CPUs and on CUDA GPUs; "
+        "move them with .cpu()"
+    )
 
 
-for _name, _cpu, _fake in (
-    ("loss", _loss_cpu, _loss_fake),
-    ("loss_", _loss_inplace_cpu, _loss_inplace_fake),
-    ("gradient", _gradient_cpu, _gradient_fake),
-    ("scale", _scale_cpu, _scale_fake),
-    ("scale_", _scale_inplace_cpu, _scale_inplace_fake),
-    ("topk", _topk_cpu, _topk_fake),
-    ("sample", _sample_cpu, _sample_fake),
-    ("blend", _blend_cpu, _blend_fake),
-    ("drift_gate", _drift_gate_cpu, _drift_gate_fake),
+def implement(name: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Give an operator its kernel, and what it is to tensors without data."""
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, kernel, device)
+    for others in ("MPS", "XPU", "PrivateUse1"):
+        _library.impl(name, _refuse_device, others)
+    torch.library.register_fake(f"opdc::{name}", fake, lib=_library)
+
+
+for _name, _kernel, _fake in (
+    ("loss", _loss_kernel, _loss_fake),
+    ("loss_", _loss_inplace_kernel, _loss_inplace_fake),
+    ("gradient", _gradient_kernel, _gradient_fake),
+    ("scale", _scale_kernel, _scale_fake),
+    ("scale_", _scale_inplace_kernel, _scale_inplace_fake),
+    ("topk", _topk_kernel, _topk_fake),
+    ("sample", _sample_kernel, _sample_fake),
+    ("blend", _blend_kernel, _blend_fake),
+    ("drift_gate", _drift_gate_kernel, _drift_gate_fake),
 ):
-    _library.impl(_name, _cpu, "CPU")
-    _library.impl(_name, _refuse_cuda, "CUDA")
-    torch.library.register_fake(f"opdc::{_name}", _fake, lib=_library)
+    implement(_name, _kernel, _fake)
 
 
 def _refuse_bare_operator(*_: Any) -> NoReturn:
@@ -564,13 +580,36 @@ class _LossInplace(torch.autograd.Function):
 
 
 def settings(numbers: Mapping[str, float], num_items: float | Tensor | None) -> Tensor:
-    """The numbers of a call as the tensor that `opdc_settings` describes."""
+    """The numbers of a call as the tensor that `opdc_settings` describes, on the CPU."""
     first = tuple({**NUMBERS, **numbers}.values())
     items = math.nan if num_items is None else num_items
     if isinstance(items, Tensor):
         last = items.detach().to("cpu", torch.float64)
         return torch.cat([scheduled(*first), last.reshape(1)])
     return scheduled(*first, items)
+
+
+def is_on_gpu(tensor: Tensor) -> bool:
+    """Whether the host would have to wait to read it."""
+    return tensor.is_cuda
+
+
+def fold(
+    num_items: Tensor, student: Tensor, mask: Tensor | None, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Mask and weights with a denominator in them that only a GPU knows: beside them `num_items` is
+    1. `student` are logits or hidden states."""
+    check_devices(student, (mask, weights), ("mask", "weights"))
+    positions = student.shape[:-1]
+    items = num_items.detach().to(student.device, torch.float64)
+    counts = items != 0  # a share of nothing is not evaluated: 0, where 0 / 0 would be NaN
+    mask = counts.expand(positions) if mask is None else mask & counts
+    # NaN for what the core refuses where it can look. Its factors are in float64 too.
+    items = items.where((items >= 0) & (items <= 1e300), math.nan).where(counts, 1)
+    if weights is None:
+        return mask, (1 / items).expand(positions)
+    # Others than floating ones are for the core to refuse.
+    return mask, weights.double() / items if weights.is_floating_point() else weights
 
 
 def scheduled(*numbers: float) -> Tensor:

@@ -11,6 +11,7 @@ of a group.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -80,8 +81,10 @@ class Phases:
         self.threads = torch.get_num_threads()
         k = call[-2]
         self.columns, self.looks_again, self.is_finished = _C.slice_needs(*call, with_metrics)
-        self.rows = torch.empty((positions, _C.ROW), dtype=torch.float64) if rows is None else rows
-        self.entries = torch.empty((positions, 4 * (k + 1)), dtype=torch.float64)
+        student: Tensor = call[1]
+        self.numbers = functools.partial(student.new_empty, dtype=torch.float64)
+        self.rows = self.numbers((positions, _C.ROW)) if rows is None else rows
+        self.entries = self.numbers((positions, 4 * (k + 1)))
 
     def run(
         self,
@@ -121,7 +124,7 @@ class Phases:
             self.run(_C.finish_gradient, gradient=gradient, sums=sums)
 
     def _parts(self, columns: int) -> Tensor:
-        return torch.empty((len(self.rows), columns), dtype=torch.float64)
+        return self.numbers((len(self.rows), columns))
 
 
 def at_once(
@@ -151,7 +154,7 @@ def projected(
     shard = Shard(None, 0, work.vocabulary) if shard is None else shard
     count, with_metrics = work.positions.count, metrics is not None
     packed = Phases(shard, work.without_logits(), count, with_metrics)
-    parts = torch.empty((count, packed.columns), dtype=torch.float64)
+    parts = packed.numbers((count, packed.columns))
     for start, stop in work.chunks():
         packed.run(_C.measure, work.call(start, stop), parts=parts[start:stop])
     packed.combine(parts)
@@ -166,6 +169,6 @@ def projected(
         of_chunk = (work.call(start, stop), stop - start, with_metrics, settled[start:stop])
         chunk = Phases(shard, *of_chunk)
         target = work.student.target(start, stop)
-        chunk.differentiate(torch.ones(stop - start if per_position else ()), target)
+        chunk.differentiate(value.new_ones(stop - start if per_position else ()), target)
         work.student.accumulate(start, stop, target)
     work.finish()

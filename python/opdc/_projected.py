@@ -22,6 +22,7 @@ from .metrics import _MAXIMA, _MINIMA
 from .projection import Projection
 
 DEFAULT_BYTES = 256 << 20
+DEFAULT_BYTES_ON_GPU = 1 << 30
 _DISCOUNT = tuple(_ops.NUMBERS).index("discount")
 
 # What a Projection is to the operators: its hidden states stand in the place of logits, its other
@@ -75,6 +76,18 @@ class Call:
         self.student_head: Sequence[Tensor | None] = heads[: len(_PARTS)]
         self.teacher_head: Sequence[Tensor | None] = heads[len(_PARTS) :]
         self.numbers, self.max_bytes, self.wanted = arguments[_ops._ARGUMENTS + len(_HEADS) :][:3]
+
+    @property
+    def num_items(self) -> float:
+        """NaN where it is not given."""
+        items: float = self.settings.tolist()[-1]
+        return items
+
+    def with_items(self, num_items: float) -> Tensor:
+        """The settings with another denominator."""
+        settings = self.settings.clone()
+        settings[-1] = num_items
+        return settings
 
     @property
     def has_heads(self) -> bool:
@@ -131,10 +144,8 @@ class Call:
 
         Its outputs are those of a call without an active position.
         """
-        settings = self.settings.clone()
-        if not (settings[-1] < 0 or settings[-1] > 1e300):  # num_items; a wrong one is refused
-            settings[-1] = 0
-        arguments = self.without_logits(settings)
+        wrong = self.num_items < 0 or self.num_items > 1e300  # and refused
+        arguments = self.without_logits(self.settings if wrong else self.with_items(0))
         _ops._core_loss(*arguments, value, None, rows, metrics, torch.get_num_threads())
 
     def without_logits(self, settings: Tensor | None = None) -> tuple[Any, ...]:
@@ -160,7 +171,7 @@ def _stand_in(
     """A tensor with the shape and dtype of the logits, in the memory of one row."""
     if weight is None and positions is None:
         return given
-    row = torch.empty(_whole(given, weight), dtype=head_dtype(given, weight))
+    row = given.new_empty(_whole(given, weight), dtype=head_dtype(given, weight))
     return row.expand(*(given.shape[:-1] if positions is None else positions), -1)
 
 
@@ -174,11 +185,12 @@ class Work:
 
     def __init__(self, call: Call, gradients: Sequence[Tensor]) -> None:
         at = call
-        evaluated = at.settings[-1] != 0  # num_items=0: nothing is
         self.of = call
         shape = at.student.shape[:-1]
-        mask = at.tensors["mask"] if evaluated else torch.zeros(shape, dtype=torch.bool)
-        self.positions = Positions(shape, mask)
+        self.mask = at.tensors["mask"]
+        if at.num_items == 0:  # nothing is evaluated
+            self.mask = at.student.new_zeros(shape, dtype=torch.bool)
+        self.positions = Positions(shape, self.mask)
         self.vocabulary = at.valid_vocab or _whole(at.student, at.student_head[0])
         self.threads = torch.get_num_threads()
         self.with_gradient = any(at.wanted >> i & 1 for i in range(len(_GRADIENTS)))
@@ -201,13 +213,14 @@ class Work:
             self.models,
             # What the C core keeps of a row between its loss and its gradient, in each thread.
             self.vocabulary * at.arithmetic.itemsize * 33 // 32,
+            on_gpu=_ops.is_on_gpu(at.student),
         )
         for model in self.models:
             model.allocate(self.rows_of_chunk)
         self.tensors = {
             name: self.positions.rows(tensor, 0, self.positions.count)
-            for name, tensor in at.tensors.items()
-            if tensor is not None and name != "mask"
+            for name, tensor in {**at.tensors, "mask": self.mask}.items()
+            if tensor is not None and (name != "mask" or self.positions.idle is not None)
         }
 
     def _model(
@@ -274,13 +287,21 @@ def _whole(given: Tensor, weight: Tensor | None) -> int:
 
 
 def _rows_of_chunk(
-    count: int, limited: str, max_bytes: int, models: Sequence[Logits | Head], of_thread: int = 0
+    count: int,
+    limited: str,
+    max_bytes: int,
+    models: Sequence[Logits | Head],
+    of_thread: int = 0,
+    *,
+    on_gpu: bool,
 ) -> int:
     """As many positions as the memory is enough for, evenly spread over the chunks."""
     threads = torch.get_num_threads()
+    if on_gpu:
+        threads, of_thread = 1, 0  # whose memory does not grow with the vocabulary
     fixed = sum(model.fixed_bytes for model in models)
     position = sum(model.position_bytes for model in models)
-    free = (max_bytes or DEFAULT_BYTES) - fixed
+    free = (max_bytes or (DEFAULT_BYTES_ON_GPU if on_gpu else DEFAULT_BYTES)) - fixed
     rows = (free - threads * of_thread) // max(position, 1)
     if rows < threads:  # of which there are never more than positions
         rows = min(threads, free // max(position + of_thread, 1))
@@ -305,7 +326,7 @@ def _chunks(count: int, rows: int) -> Iterator[tuple[int, int]]:
 
 def looks_at_all(call: Call) -> bool:
     """Whether the loss of a position depends on what is measured of others."""
-    return bool(call.settings[_DISCOUNT] != 0) or call.method.startswith("reopold")
+    return bool(call.settings.tolist()[_DISCOUNT] != 0) or call.method.startswith("reopold")
 
 
 def at_once(
@@ -331,7 +352,7 @@ def by_chunks(
     per_position = reduction == _ops._PER_POSITION
     values = value.new_empty(positions.count if per_position else ())
     of_chunk = None if metrics is None else torch.empty_like(metrics)
-    total = 0.0
+    total = value.new_zeros((), dtype=torch.float64)
     for start, stop in work.chunks():
         call = work.call(start, stop, settings=settings, reduction=reduction, weights=weights)
         value_of_chunk = values[start:stop] if per_position else values
@@ -342,42 +363,48 @@ def by_chunks(
         if metrics is not None and of_chunk is not None:
             add_metrics(metrics, of_chunk)
         if not per_position:
-            total += values.item()
+            total += values
     if per_position:
         positions.put(value, 0, values)
     else:
-        value.fill_(total)
+        value.copy_(total)
     work.finish()
 
 
-_COMBINED: dict[str, Callable[..., Tensor]] = {
-    **dict.fromkeys(_MINIMA, torch.minimum),
-    **dict.fromkeys(_MAXIMA, torch.maximum),
+_EXTREMES = {
+    **{_ops.METRICS.index(name): torch.minimum for name in _MINIMA},
+    **{_ops.METRICS.index(name): torch.maximum for name in _MAXIMA},
 }
 
 
 def add_metrics(metrics: Tensor, of_chunk: Tensor) -> None:
-    for i, name in enumerate(_ops.METRICS):
-        combine = _COMBINED.get(name, torch.add)
-        combine(metrics[i], of_chunk[i], out=metrics[i])
+    extremes = {i: choose(metrics[i], of_chunk[i]) for i, choose in _EXTREMES.items()}
+    metrics += of_chunk
+    for i, extreme in extremes.items():
+        metrics[i] = extreme
 
 
 def _shares(work: Work) -> tuple[Tensor, int, Tensor | None]:
     """Settings, reduction and weights with which the losses of chunks add up to the whole one."""
-    settings, reduction = work.of.settings, work.of.integers["reduction"]
-    weights = work.tensors.get("weights")
-    given = settings[-1]
-    if _ops.REDUCTIONS[reduction] == "mean" and given.isnan():
-        settings = settings.clone()
-        settings[-1] = work.positions.count
-    if _ops.REDUCTIONS[reduction] == "seq_mean":
-        sequence = work.positions.sequences()
-        active = torch.bincount(sequence)
-        share = 1 / active.double()[sequence]
-        weights = share if weights is None else weights.double() * share
-        weights = weights / (given if not given.isnan() else (active > 0).sum())
-        reduction = _ops.REDUCTIONS.index("sum")
-    return settings, reduction, weights
+    at, positions = work.of, work.positions
+    reduction, weights = at.integers["reduction"], work.tensors.get("weights")
+    kind, is_counted = _ops.REDUCTIONS[reduction], math.isnan(at.num_items)
+    if kind == "mean" and is_counted and positions.idle is None:
+        return at.with_items(positions.count), reduction, weights
+    if kind != "seq_mean" and not (kind == "mean" and is_counted):
+        return at.settings, reduction, weights
+    active = work.mask
+    if active is None:
+        active = at.student.new_ones(positions.shape, dtype=torch.bool)
+    if kind == "mean":
+        share = 1 / active.sum().double()  # without any, nobody reads it
+    else:
+        of_sequence = active.sum(-1, keepdim=True) if active.dim() else active.long()
+        sequences = (of_sequence > 0).sum() if is_counted else at.num_items
+        share = 1 / of_sequence.double() / sequences
+    share = positions.rows(share.expand(positions.shape).contiguous(), 0, positions.count)
+    weights = share if weights is None else weights.double() * share
+    return at.settings, _ops.REDUCTIONS.index("sum"), weights
 
 
 # ----------------------------------------------------------------- operators
@@ -387,15 +414,15 @@ def _as_they_are(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Autocast would round the matrix products, autograd would record them."""
 
     @functools.wraps(kernel)
-    def undisturbed(*arguments: Any) -> Any:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return kernel(*arguments)
+    def undisturbed(first: Tensor, *arguments: Any) -> Any:
+        with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
+            return kernel(first, *arguments)
 
     return undisturbed
 
 
 @_as_they_are
-def _loss_cpu(student: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _loss_kernel(student: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *inputs, with_metrics = arguments
     call = Call(student, inputs)
     value, rows, metrics = call.outputs(with_metrics)
@@ -412,7 +439,7 @@ def _loss_cpu(student: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 @_as_they_are
-def _gradient_cpu(student: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _gradient_kernel(student: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *inputs, rows, upstream = arguments
     call = Call(student, inputs)
     gradients = call.gradients()
@@ -457,7 +484,7 @@ def _check_devices(call: Call) -> None:
             for part, tensor in zip(_PARTS, call.teacher_head, strict=True)
         },
     }
-    _ops._check_devices(call.student, tuple(named.values()), tuple(named))
+    _ops.check_devices(call.student, tuple(named.values()), tuple(named))
 
 
 def _topk_fake(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -468,7 +495,7 @@ def _topk_fake(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor,
 
 
 @_as_they_are
-def _topk_cpu(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _topk_kernel(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *others, numbers, max_bytes, k, temperature, valid_vocab = arguments
     ids, logprobs = _topk_fake(hidden, weight, *arguments)
     threads = torch.get_num_threads()
@@ -481,7 +508,9 @@ def _topk_cpu(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, 
     outputs = flat_ids[:0], flat_logprobs[:0]
     _C.topk(_stand_in(nothing, weight), number, valid_vocab, *outputs, threads)
     head.reserve(positions)
-    rows = _rows_of_chunk(positions.count, "logits.max_bytes", max_bytes, [head])
+    rows = _rows_of_chunk(
+        positions.count, "logits.max_bytes", max_bytes, [head], on_gpu=_ops.is_on_gpu(hidden)
+    )
     head.allocate(rows)
     for start, stop in _chunks(positions.count, rows):
         outputs = flat_ids[start:stop], flat_logprobs[start:stop]
@@ -489,14 +518,12 @@ def _topk_cpu(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, 
     return ids, logprobs
 
 
-for _name, _cpu, _fake in (
-    ("projected_loss", _loss_cpu, _loss_fake),
-    ("projected_gradient", _gradient_cpu, _gradient_fake),
-    ("projected_topk", _topk_cpu, _topk_fake),
+for _name, _kernel, _fake in (
+    ("projected_loss", _loss_kernel, _loss_fake),
+    ("projected_gradient", _gradient_kernel, _gradient_fake),
+    ("projected_topk", _topk_kernel, _topk_fake),
 ):
-    _ops._library.impl(_name, _cpu, "CPU")
-    _ops._library.impl(_name, _ops._refuse_cuda, "CUDA")
-    torch.library.register_fake(f"opdc::{_name}", _fake, lib=_ops._library)
+    _ops.implement(_name, _kernel, _fake)
 
 torch.library.register_autograd(
     "opdc::projected_loss", _ops._refuse_bare_operator, lib=_ops._library

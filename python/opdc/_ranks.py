@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import _C, _ops, _projected
+from ._groups import CPU, exchangeable
 from ._phases import TENSORS, Phases, Shard, all_gather, at_once, projected
 from ._projected import Call, Work
 from .projection import Projection
@@ -23,7 +24,7 @@ class Meeting:
     """What the ranks of a group tell each other before they wait for numbers.
 
     A rank that refuses its call says so: an error on one is an error on all, and nobody waits for
-    numbers that never come.
+    numbers that never come. To know what the others say the host has to wait, for a GPU too.
     """
 
     _NUMBERS = 64  # of a header, and room for more
@@ -38,6 +39,7 @@ class Meeting:
         if _ops.transforms_active():
             raise RuntimeError("process_group does not work under torch.func: use loss.backward()")
         self.group = group
+        self.devices = [CPU]  # where the header may be
         self.is_over = False
         self.has_default_k = False
 
@@ -50,6 +52,15 @@ class Meeting:
 
     def open(self, student: Any, teacher: Any) -> tuple[Any, Any]:
         """Both models with at least one id."""
+        given = student.hidden if isinstance(student, Projection) else student
+        if isinstance(given, Tensor):
+            self.devices.append(given.device)
+            if exchangeable(self.group, given.device) != given.device:
+                raise TypeError(
+                    f"student is on {given.device}, whose tensors process_group does not exchange "
+                    f"(its backends are {dist.get_backend_config(self.group)}): give a group that "
+                    "does, or move the tensors"
+                )
         self.widths = (_width(student), _width(teacher))
         return _with_an_id(student), _with_an_id(teacher)
 
@@ -128,7 +139,7 @@ class Meeting:
             "inplace": inplace,
             "return_metrics": with_metrics,
         }
-        own = (*self.widths, _highest_id(call), 0 if work is None else work.rows_of_chunk)
+        own = (*self.widths, *_ids(call), 0 if work is None else work.rows_of_chunk)
         ranks = self._agree(same, own)
         shard = _shard(self.group, ranks, call.teacher is not None, valid_vocab)
         if self.has_default_k:
@@ -153,9 +164,10 @@ class Meeting:
         header[: 1 + len(numbers)] = torch.tensor([not numbers, *numbers])
         encoded = text.encode()[: self._TEXT].ljust(self._TEXT, b"\0")
         message = torch.cat([header, torch.frombuffer(bytearray(encoded), dtype=torch.int64)])
+        message = message.to(exchangeable(self.group, *self.devices))
         every = message.new_empty(self.group.size() * len(message))
         all_gather(every, message, self.group)
-        rows = every.view(self.group.size(), -1)
+        rows = every.view(self.group.size(), -1).cpu()
         refusals = rows[:, 0].nonzero().flatten().tolist()
         if refusals and numbers:
             said = bytes(rows[refusals[0], len(header) :].contiguous().view(torch.uint8).tolist())
@@ -183,13 +195,15 @@ class _Rank(NamedTuple):
 
     student_width: int
     teacher_width: int
+    lowest_token: int
     highest_id: int
     rows_of_chunk: int
 
 
 def _same(call: Call) -> dict[str, int]:
     """What of a call has to be the same on all ranks, by what it is called in an error."""
-    mask = call.tensors["mask"]
+    tensors = {name: None if x is None else x.cpu() for name, x in call.tensors.items()}
+    mask = tensors["mask"]
     shape = call.student.shape[:-1]
     heads = (*call.student_head, *call.teacher_head)
     models = (call.student, call.teacher, *heads)
@@ -207,7 +221,7 @@ def _same(call: Call) -> dict[str, int]:
         **{f"{name} (number)": number for name, number in call.integers.items()},
         **{
             f"{name} (checksum)": _checksum(tensor, mask)
-            for name, tensor in call.tensors.items()
+            for name, tensor in tensors.items()
             if name not in ("mask", "uniforms")  # those of the first rank decide
         },
     }
@@ -218,14 +232,14 @@ class _OneId(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, empty: Tensor, axis: int) -> Tensor:
-        ctx.shape, ctx.dtype = empty.shape, empty.dtype
+        ctx.shape, ctx.dtype, ctx.device = empty.shape, empty.dtype, empty.device
         shape = list(empty.shape)
         shape[axis] = 1
         return empty.new_zeros(shape)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
-        return torch.zeros(ctx.shape, dtype=ctx.dtype), None
+        return torch.zeros(ctx.shape, dtype=ctx.dtype, device=ctx.device), None
 
 
 def _with_an_id(model: Any) -> Any:
@@ -291,23 +305,27 @@ def _sum(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _checksum(tensor: Tensor | None, mask: Tensor | None = None) -> int:
-    """Of the numbers of active positions; of a tensor that is not there −1."""
+    """Of the numbers of active positions, on the CPU; of a tensor that is not there −1."""
     if tensor is None:
         return -1
     numbers = (tensor if mask is None else tensor[mask]).contiguous()
     return zlib.crc32(numbers.view(-1).view(torch.uint8).numpy().data)
 
 
-def _highest_id(call: Call) -> int:
-    """Of the ids that an active position names; −1 without any."""
+def _ids(call: Call) -> tuple[int, int]:
+    """The lowest of the tokens, and the highest of the ids, that an active position names; 0 and −1
+    without any."""
     mask = call.tensors["mask"]
-    highest = -1
+    lowest, highest = 0, -1
     for name in ("tokens", "slot_ids"):
         ids = call.tensors[name]
         if ids is not None:
             ids = ids if mask is None else ids[mask]
-            highest = max(highest, int(ids.max()) if ids.numel() else -1)
-    return highest
+        if ids is not None and ids.numel():
+            highest = max(highest, int(ids.max()))
+            if name == "tokens":
+                lowest = int(ids.min())
+    return lowest, highest
 
 
 def _shard(
@@ -331,9 +349,10 @@ def _shard(
                 f"process_group: rank {i} has {teacher} ids of the teacher and {student} of the "
                 "student: cut both vocabularies at the same ids"
             )
-        if rank.highest_id >= vocabulary:
+        if rank.highest_id >= vocabulary or rank.lowest_token < 0:
+            id = rank.highest_id if rank.highest_id >= vocabulary else rank.lowest_token
             raise ValueError(
-                f"process_group: rank {i} names id {rank.highest_id} in its tokens or the "
+                f"process_group: rank {i} names id {id} in its tokens or the "
                 f"teacher's ids, want ids from 0 to {vocabulary - 1}; mask the positions that have "
                 "no token"
             )
@@ -362,9 +381,8 @@ def _evaluate(
         at_once(shard, call.without_logits(), value, gradient, *outputs[1:])
         return value, metrics
     # What a call without an active position gives.
-    settings = call.settings.clone()
-    settings[-1] = 0
-    nothing = Phases(shard, call.without_logits(settings), len(rows), with_metrics)
+    without = call.without_logits(call.with_items(0))
+    nothing = Phases(shard, without, len(rows), with_metrics)
     nothing.rows.zero_()
     nothing.settle(value, outputs[2])
     if _projected.looks_at_all(call):
@@ -391,7 +409,7 @@ class _Loss(torch.autograd.Function):
         gradients = call.gradients()
         if inplace and call.wanted:
             gradients = (call.student, *gradients[1:])
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(call.student.device.type, enabled=False):
             meeting.check(call, with_metrics)  # before the positions are packed
             work = Work(call, gradients) if call.has_heads else None
             shard = meeting.place(call, valid_vocab, needed, inplace, with_metrics, work)
@@ -478,7 +496,7 @@ class _Gradient(_ops._FirstDerivative):
         call.tensors["weights"] = upstream if weights is None else weights.double() * upstream
         call.integers["reduction"] = _ops.REDUCTIONS.index("sum")
         gradients = call.gradients()
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(call.student.device.type, enabled=False):
             work = Work(call, gradients) if call.has_heads else None
             if work is not None:
                 work.rows_of_chunk = saved.rows_of_chunk

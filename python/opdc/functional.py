@@ -18,6 +18,15 @@ and only a first one.
 
 Memory: any strides; logits whose last axis has another stride than 1 are copied.
 
+Devices: the CPU, or a CUDA GPU; all tensors of a call are on one, but for `num_items`, which may be
+anywhere. A GPU computes with the same rules, in the same order of the sums; the kernels are
+compiled at their first use and kept on disk. A call only queues its work on the current stream: the
+host never waits, and after a first call the work can be captured in a CUDA graph. What nobody looks
+at then is no error: a token or an id of a `TopK` out of range, a uniform number outside of `[0, 1)`
+and a `num_items` on a GPU that is no count give a NaN loss in their rows, which `nonfinite_rows` of
+the metrics counts. (That an id comes twice in a `TopK`, or its mass is above 1, goes unnoticed.)
+Calls with a `process_group` or DTensors, whose processes agree before they compute, do wait.
+
 Processes: a vocabulary that is split over processes is named by `process_group`, see `Common`. A
 student of DTensors (`torch.distributed.tensor`) is more general: the loss is that of the whole
 tensors, a DTensor itself, and gradients have the placements of what they belong to. `Shard` of the
@@ -34,7 +43,7 @@ that an id does not exist; where a formula needs the log of a probability that i
 `+inf` and the gradient row NaN. Without any active position losses are 0 and so are gradients.
 
 Errors: `ValueError` for shapes, numbers, token ids and combinations, `TypeError` for types, dtypes
-and devices. Nothing has been written then.
+and devices, `RuntimeError` for a GPU that cannot be used. Nothing has been written then.
 """
 
 from __future__ import annotations
@@ -71,7 +80,7 @@ class Common(TypedDict, total=False):
 
     `num_items` (None): a count that replaces the denominator of "mean" (active positions) or
     "seq_mean" (sequences), for batches that are spread over steps or processes. A number or a
-    0-dim tensor; 0 gives 0.
+    0-dim tensor, of which one on a GPU is not waited for; 0 gives 0.
 
     `inplace` (False): the gradient overwrites the student's logits during the call, which saves
     its memory and half of the time. Nothing may use the logits afterwards (autograd notices and
@@ -84,7 +93,8 @@ class Common(TypedDict, total=False):
     logits are overwritten anyway.
 
     `return_metrics` (False): return `(loss, metrics)`; the metrics are detached 0-dim float64
-    tensors with the sums over active positions, unweighted, see `opdc.metrics`.
+    tensors, on the device of the logits, with the sums over active positions, unweighted, see
+    `opdc.metrics`.
 
     `process_group` (None): of `torch.distributed`, when the vocabulary is split over its processes
     in the order of their ranks. Student and teacher logits are `(..., V_rank)` then, and the weight
@@ -92,7 +102,8 @@ class Common(TypedDict, total=False):
     positions, tokens and other ids, which count through the whole vocabulary as `valid_vocab` does,
     and a `TopK`. So are the value and the metrics that come out. The gradient of local logits
     and of a local weight is local; that of hidden states is summed over the ranks, in backward,
-    which all of them must run then. What the ranks do not agree on is an error on each of them.
+    which all of them must run then. What the ranks do not agree on is an error on each of them,
+    for which the host waits for a GPU.
     """
 
     temperature: float
@@ -501,7 +512,8 @@ def tropd(
             is then that of this policy, and `ρ` its ratio to the current one.
         clip_range, advantage: as for `k1`.
         uniforms: `(...)` in [0, 1), what decides `M`; drawn from `generator` if not given.
-        generator: of `torch`; None: the global one.
+        generator: of `torch`, also one of the CPU beside logits on a GPU; None: the global one of
+            the device of the logits.
         **common: see `opdc.functional.Common`.
 
     Returns:
@@ -919,4 +931,4 @@ def _uniforms(student: Logits, teacher: Teacher, generator: torch.Generator | No
     models = [model for model in (student, teacher) if not isinstance(model, TopK)]
     given = student.hidden if isinstance(student, Projection) else student
     dtype = _arguments.arithmetic(*models)
-    return torch.rand(positions, generator=generator, dtype=dtype, device=given.device)
+    return _arguments.uniforms(positions, dtype, given.device, generator)

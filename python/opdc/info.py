@@ -49,6 +49,39 @@ def cpu_model() -> str:
     return platform.machine()
 
 
+def gpus() -> list[str]:
+    """The CUDA GPUs that this PyTorch sees."""
+    found = []
+    for index in range(torch.cuda.device_count() if torch.version.cuda else 0):
+        try:
+            gpu = torch.cuda.get_device_properties(index)
+        except (AssertionError, RuntimeError) as error:  # there, but not to be used
+            found.append(f"cuda:{index} cannot be used: {error}")
+            continue
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+        found.append(f"{gpu.name}, capability {gpu.major}.{gpu.minor}, {memory}")
+    return found
+
+
+def cuda_driver() -> str | None:
+    """The newest CUDA that the driver of the GPUs knows."""
+    try:
+        known: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError):  # a PyTorch without CUDA, or no driver
+        return None
+    return f"{known // 1000}.{known % 1000 // 10}" if known else None
+
+
+def cuda_compiler() -> str:
+    """What NVRTC, which compiles the kernels for a GPU, says of itself; or why it cannot."""
+    try:
+        _C.cuda_compile(_C.cuda_programs()[0], False, "", 1)  # for a GPU older than any it knows
+    except (RuntimeError, ValueError) as error:
+        found = re.search(r"NVRTC \d+\.\d+ compiles for \d+\.\d+ and newer", str(error))
+        return found[0] if found else str(error).removeprefix("CUDA: ")
+    return "NVRTC"
+
+
 def openmp_runtimes() -> list[str]:
     """The OpenMP libraries in this process; empty where the system does not tell.
 
@@ -74,6 +107,9 @@ def collect(trainers: bool = False) -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu": cpu_model(),
         "cpus": usable_cpus(),
+        "gpus": gpus(),
+        "cuda_driver": cuda_driver(),
+        "cuda_compiler": cuda_compiler(),
         "system": f"{platform.system()} {platform.machine()}",
         "transformers": version("transformers"),
         "trl": version("trl"),
@@ -88,11 +124,15 @@ def collect(trainers: bool = False) -> dict[str, Any]:
 def lines(facts: dict[str, Any]) -> list[str]:
     """What ``info`` prints for people."""
     others = [name for name in facts["instruction_sets"] if name != facts["instruction_set"]]
+    gpus = facts["gpus"] or ["none that this PyTorch sees"]
     openmp = facts["openmp"] or ["unknown (this system does not list the libraries of a process)"]
     table = [
         ("opdc", facts["opdc"]),
         ("instruction set", f"{facts['instruction_set']} (also here: {', '.join(others) or '-'})"),
         ("CPU", f"{facts['cpu']}, {facts['cpus']} usable, {facts['system']}"),
+        *zip(["GPU"] + [""] * len(gpus), gpus, strict=False),
+        ("CUDA driver", facts["cuda_driver"] or "none"),
+        ("CUDA compiler", facts["cuda_compiler"]),
         ("threads", facts["threads"]),
         *zip(["OpenMP runtime"] + [""] * len(openmp), openmp, strict=False),
         ("torch", facts["torch"]),

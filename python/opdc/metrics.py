@@ -1,10 +1,11 @@
 """What the losses report beside their value with `return_metrics=True`.
 
-A dict of detached 0-dim float64 tensors on the CPU. Almost all are *sums* over the active
-positions, so that micro-batches and processes add up; `positions` is their number and `mean`
-divides.
+A dict of detached 0-dim float64 tensors, on the device of the logits. Almost all are *sums* over
+the active positions, so that micro-batches and processes add up; `positions` is their number and
+`mean` divides. Reading one (`item`) waits for a GPU.
 
-* `nonfinite_rows`: rows whose loss is not finite
+* `nonfinite_rows`: rows whose loss is not finite; on a GPU also for values out of range, which are
+  errors on the CPU
 * `student_entropy`, `teacher_entropy`, `reverse_kl`, `forward_kl`: of the whole distributions
 * `k1`, `k2`, `k3`: estimates `−R`, `½R²`, `e^R − 1 − R` of the reverse KL from the sampled token
 * `clipped`: tokens on the clipped branch of the loss
@@ -20,10 +21,13 @@ A loss reports those that it computes; for a support the distributions are read 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ._groups import exchangeable
 
 _MINIMA = ("log_ratio_min",)
 _MAXIMA = ("log_ratio_max",)
@@ -75,13 +79,22 @@ def all_reduce(
     """The metrics over all processes of `group`: sums added, extremes compared."""
     extremes = [name for name in metrics if name in (*_MINIMA, *_MAXIMA)]
     sums = [name for name in metrics if name not in extremes]
-    total = torch.stack([metrics[name] for name in sums])
-    dist.all_reduce(total, dist.ReduceOp.SUM, group)
-    reduced = dict(zip(sums, total.unbind(), strict=True))
+    reduced = _reduced({name: metrics[name] for name in sums}, dist.ReduceOp.SUM, group)
     if extremes:
         # One message for both: a maximum is a minimum with the sign turned.
-        signs = torch.tensor([-1.0 if name in _MAXIMA else 1.0 for name in extremes]).to(total)
-        lowest = signs * torch.stack([metrics[name] for name in extremes])
-        dist.all_reduce(lowest, dist.ReduceOp.MIN, group)
-        reduced |= dict(zip(extremes, (signs * lowest).unbind(), strict=True))
+        lowest = _reduced(_turned(metrics, extremes), dist.ReduceOp.MIN, group)
+        reduced |= _turned(lowest, extremes)
     return {name: reduced[name] for name in metrics}
+
+
+def _turned(metrics: Mapping[str, Tensor], extremes: Iterable[str]) -> dict[str, Tensor]:
+    return {name: -metrics[name] if name in _MAXIMA else metrics[name] for name in extremes}
+
+
+def _reduced(
+    metrics: Mapping[str, Tensor], operation: Any, group: dist.ProcessGroup | None
+) -> dict[str, Tensor]:
+    total = torch.stack(list(metrics.values()))
+    message = total.to(exchangeable(group, total.device))
+    dist.all_reduce(message, operation, group)
+    return dict(zip(metrics, message.to(total.device).unbind(), strict=True))

@@ -7,9 +7,16 @@ Types: logits in float32, float64, bfloat16 or float16, the two models independe
 any strides. Tokens come in int64, numbers in float32, in float64 if one of the logits is float64.
 
 Randomness: one uniform number in `[0, 1)` a draw, from `uniforms` or, where it is None, from
-`torch.rand(..., dtype=torch.float64, generator=generator)`. A token is the first id, in the order
-of ids, whose cumulative mass exceeds that part of the whole: never an id of probability 0. The same
-uniforms give the same tokens, whatever else is in the batch, on every processor.
+`torch.rand(..., dtype=torch.float64, generator=generator)`, on the device of the generator: one of
+the CPU draws the same for logits on a GPU (but not inside of a CUDA graph). A token is the first
+id, in the order of ids, whose cumulative mass exceeds that part of the whole: never an id of
+probability 0. The same uniforms give the same tokens, whatever else is in the batch, on every
+processor.
+
+Devices: the CPU, or a CUDA GPU, see `opdc.functional`; all tensors of a call are on one, but for an
+`epsilon` of one number, which may be on the CPU. On a GPU, where nobody looks, a uniform number or
+a draft out of range and an `epsilon` that is negative or NaN are no errors: such a row gives the
+token −1 and NaN numbers.
 
 Undefined input: a row with NaN, `+inf` or nothing but `−inf`, in one of the models, gives the token
 −1 and NaN numbers; other rows are untouched. An empty batch gives empty results.
@@ -139,7 +146,8 @@ def sample(
             `top_k` left) is at least this, and at least one.
         valid_vocab: only the ids below it exist.
         uniforms: `(...)`, floating, in `[0, 1)`.
-        generator: of the uniforms, where none are given.
+        generator: of the uniforms, where none are given; None: the global one of the device of the
+            logits.
 
     >>> import opdc, torch
     >>> logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
@@ -282,8 +290,9 @@ def blend_verify(
         _uniforms(student, uniforms, generator, (2,)),
         *_numbers(temperature, top_k, top_p, valid_vocab, eos_map),
     )
-    drawn = BlendSample(tokens, *columns.unbind(-1)[:6])
-    return BlendVerify(*drawn, columns[..., 6] != 0, columns[..., 7] != 0)
+    numbers = columns.unbind(-1)
+    drawn = BlendSample(tokens, *numbers[:6])
+    return BlendVerify(*drawn, numbers[6] != 0, numbers[7] != 0)
 
 
 # ----------------------------------------------------------------- what they share
@@ -295,13 +304,18 @@ def _models(
     student = _arguments.tensor_of_logits("student", student)
     teacher = _arguments.tensor_of_logits("teacher", teacher)
     positions = student.shape[:-1]
+    one = torch.ones((), dtype=torch.float64, device=student.device)
     if not isinstance(epsilon, Tensor):
-        budget = torch.ones((), dtype=torch.float64, device=student.device)
-        budget = budget * _arguments.number("epsilon", epsilon)
+        number = _arguments.number("epsilon", epsilon)
+        if not torch.compiler.is_compiling() and not number >= 0:
+            raise ValueError(f"epsilon: got {number}, want a KL budget in nats of at least 0")
+        budget = one * number
     else:
         budget = _arguments.constant("epsilon", epsilon)
         if not budget.is_floating_point():
             raise TypeError(f"epsilon must be floating, got {budget.dtype}: give epsilon.float()")
+        if not budget.dim() and budget.is_cpu:
+            budget = one * budget
     try:
         return student, teacher, budget.expand(positions)
     except RuntimeError:
@@ -319,7 +333,7 @@ def _uniforms(
 ) -> Tensor:
     if uniforms is None:
         shape = (*logits.shape[:-1], *each)
-        return torch.rand(shape, dtype=torch.float64, device=logits.device, generator=generator)
+        return _arguments.uniforms(shape, torch.float64, logits.device, generator)
     if generator is not None:
         raise ValueError("give uniforms, or a generator that makes them, not both")
     uniforms = _arguments.constant("uniforms", uniforms)

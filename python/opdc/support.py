@@ -13,7 +13,8 @@ class TopK(NamedTuple):
     and the order does not matter.
 
     Attributes:
-        ids: `(..., K)`, of an integer dtype.
+        ids: `(..., K)`, of an integer dtype. On a GPU one beyond the vocabulary is no error: the
+            loss of its row is NaN.
         logprobs: `(..., K)`, the teacher's log-probs of them.
         token_logprobs: `(...)`, its log-probs of the sampled tokens, for losses that compare them.
         entropy: `(...)`, its entropies, for `opdc.eopd`.

@@ -39,7 +39,8 @@ What is different from the loss modes of verl itself:
   `aopd` take the others for tokens that the teacher excludes: outside the trust region, where they
   get the forward KL. Losses that need the log-prob itself are refused; verl's own modes `k1` and
   `k3` ask its server for nothing else.
-* Logits on an accelerator are copied to the CPU, and their gradient back.
+* Logits are compared where they are, on CPUs and CUDA GPUs. Those on another accelerator are copied
+  to the CPU, and their gradient back.
 """
 
 from __future__ import annotations
@@ -205,9 +206,9 @@ def _of_logits(
 
     def packed(values: Tensor) -> Tensor:
         """Values of the response's positions, where the packed sequences have them."""
-        whole = values.new_zeros(input_ids.values().shape[0])
-        whole[where[mask]] = values[mask]
-        return whole
+        count = input_ids.values().shape[0]
+        whole = values.new_zeros(count + 1)  # the last one is for those that are none
+        return whole.index_put_((where.where(mask, count),), values)[:-1]
 
     layout, group = _layout(config.strategy, data_format, offsets)
     ids = layout(data["teacher_ids"].values())
@@ -226,7 +227,7 @@ def _of_logits(
             f"process_group, which {type(loss).__name__} has not: take a module of opdc.nn"
         )
     losses, sums = loss(
-        student_logits.cpu(),
+        _placed(student_logits),
         TopK(ids, logprobs, token_logprobs=known),
         tokens=tokens,
         mask=layout(packed(mask)),
@@ -237,7 +238,7 @@ def _of_logits(
     # verl gathers values of positions over sequence parallel ranks. Where each position carries the
     # mean of its rank, the mean over the response is that of all ranks.
     means = {
-        f"opdc/{name}": torch.full_like(losses, mean.item(), requires_grad=False)
+        f"opdc/{name}": torch.zeros_like(losses, requires_grad=False) + mean.to(losses)
         for name, mean in metrics.mean(sums).items()
         if name not in ("positions", *_LOG_RATIOS)
     }
@@ -265,8 +266,8 @@ def _padded(tensor: Tensor, padding: float) -> Tensor:
 def _layout(
     strategy: str, data_format: str, offsets: Tensor
 ) -> tuple[Callable[[Tensor], Tensor], Any]:
-    """How this rank has packed values `(N_all, …)` beside its logits: `(1, N, …)`, on the CPU. And
-    the processes that the vocabulary is split over."""
+    """How this rank has packed values `(N_all, …)` beside its logits: `(1, N, …)`, where opdc
+    computes. And the processes that the vocabulary is split over."""
     if strategy == "megatron":
         util = importlib.import_module("verl.models.mcore.util")
         name = "preprocess_thd_engine" if data_format == "thd" else "preprocess_bshd_engine"
@@ -275,7 +276,7 @@ def _layout(
         def of_megatron(values: Tensor) -> Tensor:
             nested = torch.nested.nested_tensor_from_jagged(values, offsets)
             local: Tensor = preprocess(nested, pre_process=True)[0]
-            return local.cpu()
+            return _placed(local)
 
         state = importlib.import_module("megatron.core.parallel_state")
         parallel = state.get_tensor_model_parallel_world_size() > 1
@@ -286,9 +287,13 @@ def _layout(
 
     def of_fsdp(values: Tensor) -> Tensor:
         local: Tensor = values.unsqueeze(0)
-        return (ulysses.slice_input_tensor(local, dim=1) if split else local).cpu()
+        return _placed(ulysses.slice_input_tensor(local, dim=1) if split else local)
 
     return of_fsdp, None
+
+
+def _placed(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_cuda else tensor.cpu()
 
 
 def _of_responses(
@@ -311,7 +316,8 @@ def _of_responses(
     metric = importlib.import_module("verl.utils.metric").Metric
     mask = _padded(data["response_mask"], False).bool()
     losses: Tensor = pad(model_output["distillation_losses"], data)
-    means = {name: pad(model_output[name], data)[mask].mean() for name in named}
+    count = mask.sum()
+    means = {name: pad(model_output[name], data).where(mask, 0).sum() / count for name in named}
     return losses, {name: metric("mean", mean) for name, mean in means.items()}
 
 

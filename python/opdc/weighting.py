@@ -63,7 +63,7 @@ def special_token_mask(
 
     Args:
         tokens: `(...)`, the sampled ids.
-        ids: the special ids.
+        ids: the special ids; inside of a CUDA graph a tensor on the GPU.
         mask: `(...)`, what is active before; None: everything.
 
     Returns:
@@ -86,12 +86,13 @@ def special_token_mask(
                 "for every position"
             )
     try:
-        listed = torch.as_tensor(ids, device=tokens.device).reshape(-1)
+        device = ids.device if isinstance(ids, Tensor) else "cpu"
+        listed = torch.as_tensor(ids, device=device).reshape(-1)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"ids must be an integer or several, got {ids!r}") from None
     if listed.numel() and (listed.is_floating_point() or listed.dtype is torch.bool):
         raise TypeError(f"ids must hold integer ids, got {listed.dtype}")
-    listed = listed.long()
+    listed = listed.long().to(tokens.device, non_blocking=listed.is_cpu)
     if not tokens.dim():
         return kept & ~torch.isin(tokens, listed)
     found = (tokens.unsqueeze(-1) == listed) & kept.unsqueeze(-1)  # (..., sequence, id)

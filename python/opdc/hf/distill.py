@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opdc import _ops
+
 from .transcript import unwrapped, vocabulary_size
 
 # What the student's forward takes that is not for the teacher.
@@ -106,7 +108,8 @@ class DistillLoss:
         TypeError: `loss` is not callable, or does not return a number.
         RuntimeError: in a call, another model than `model` was trained.
 
-    A batch without any position to train on gives 0, connected to the graph, and one warning.
+    A batch without any position to train on gives 0, connected to the graph, and one warning. (On
+    a GPU only the first batch is looked at: for more the host would have to wait.)
 
     >>> import opdc.hf, torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -147,7 +150,7 @@ class DistillLoss:
         self.metrics: dict[str, Tensor] | None = None
         self._read: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._placed = hasattr(teacher_model, "hf_device_map")  # on several devices: as it is
-        self._warned = False
+        self._looked = False
         self._hook = model.register_forward_pre_hook(self._keep, with_kwargs=True)
 
     def remove(self) -> None:
@@ -195,9 +198,8 @@ class DistillLoss:
         if shifted is None:
             student, teacher, labels = student[:, :-1], teacher[:, :-1], labels[:, 1:]
         positions = labelled(labels, self.ignore_index)
-        if not self._warned and not positions["mask"].any():
-            self._warned = True
-            warnings.warn(NO_POSITION.format(ignored=self.ignore_index), stacklevel=2)
+        if not self._looked:
+            self._looked = warn_of_nothing(positions["mask"], self.ignore_index)
         loss, self.metrics = evaluate(
             self.loss,
             student,
@@ -207,6 +209,15 @@ class DistillLoss:
             return_metrics=self.wants_metrics,
         )
         return loss
+
+
+def warn_of_nothing(mask: Tensor, ignored: int) -> bool:
+    """Whether that was enough: after a warning, and of a GPU, for which the host would wait in each
+    step, after one look."""
+    is_empty = not mask.any()
+    if is_empty:
+        warnings.warn(NO_POSITION.format(ignored=ignored), stacklevel=3)
+    return is_empty or _ops.is_on_gpu(mask)
 
 
 def labelled(labels: Tensor, ignored: int) -> dict[str, Tensor]:
@@ -250,10 +261,7 @@ def evaluate(
     if metrics is None:
         return value, None
     try:
-        numbers = {
-            key: torch.as_tensor(number, dtype=torch.float64, device="cpu").detach().reshape(())
-            for key, number in metrics.items()
-        }
+        numbers = {key: _number(number, value) for key, number in metrics.items()}
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise TypeError(
             f"loss: {name} returned metrics that are no numbers ({error}); wanted a dict of sums "
@@ -265,3 +273,11 @@ def evaluate(
             "the number that the sums are divided by"
         )
     return value, numbers
+
+
+def _number(number: Any, value: Tensor) -> Tensor:
+    """What may be no tensor, where the loss is; nobody waits for either."""
+    if isinstance(number, Tensor):
+        return number.detach().to(value.device, torch.float64).reshape(())
+    known = torch.as_tensor(number, dtype=torch.float64, device="cpu").reshape(())
+    return value.new_full((), known.item(), dtype=torch.float64)

@@ -15,6 +15,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 import opdc
+from opdc._arguments import uniforms
 
 from .decoding import Decoding, Stopping
 from .rollout import Rollout, RolloutStatistics
@@ -45,10 +46,12 @@ class Behaviour:
             "eos_map": self.eos_map,
         }
 
-    def uniforms(self, *shape: int) -> Tensor:
+    def uniforms(self, device: torch.device, *shape: int) -> Tensor:
+        """Drawn on the CPU, the same for every device, unless the generator is one of a GPU."""
         if self.decoding.greedy:
-            return torch.zeros(shape, dtype=torch.float64)
-        return torch.rand(shape, dtype=torch.float64, generator=self.generator)
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+        generator = torch.default_generator if self.generator is None else self.generator
+        return uniforms(shape, torch.float64, device, generator)
 
     def aligned(self, tokens: Tensor) -> Tensor:
         """The one id that both models end with."""
@@ -61,7 +64,7 @@ class Generation:
     """One call to `generate`: its prompts, both models, and the responses so far.
 
     Every row has its own length, which drafts make ragged. What stands in `tokens` and `numbers`
-    beyond it does not count.
+    beyond it does not count. A step waits for the device once, to know which rows go on.
     """
 
     def __init__(
@@ -91,11 +94,12 @@ class Generation:
         self.transcript = Transcript(input_ids, attention_mask, self.room + draft_length)
         # A draft may lie beyond a row's room, and beyond the positions that a model has learned.
         self.last_position = self.transcript.last_position + self.room - 1
+        # One more than there is room for: the place of what does not stand.
         self.sequences = torch.nn.functional.pad(
-            input_ids, (0, self.room), value=behaviour.padding_id
+            input_ids, (0, self.room + 1), value=behaviour.padding_id
         )
-        self.tokens = self.sequences[:, self.prompt :]
-        self.numbers: Tensor | None = None  # (one for each of _NUMBERS, B, room)
+        self.tokens = self.sequences[:, self.prompt :]  # (B, room + 1)
+        self.numbers: Tensor | None = None  # (one for each of _NUMBERS, B, room + 1)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=input_ids.device)
         self.active = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
         self.steps = 0  # tokens that all active rows have, as long as none is ahead
@@ -128,7 +132,7 @@ class Generation:
         teacher = self.teacher.logits(transcript, 1)[:, 0] if self.teacher else None
         drawn = self._draw(student, teacher, self._forced_at(step))
         tokens = drawn[0]
-        self._record(drawn[1:], (slice(None), slice(None), step))
+        self._recorded(drawn[1])[..., step] = torch.stack(drawn[1:])
         self.tokens[:, step] = tokens.where(self.active, self.behaviour.padding_id)
 
         failed = self.active & (tokens < 0)
@@ -150,7 +154,7 @@ class Generation:
     ) -> tuple[Tensor, ...]:
         """Tokens and their numbers, in the order of `_NUMBERS`."""
         decoding, common = self.decoding, self.behaviour.common
-        uniforms = self.behaviour.uniforms(student.shape[0]).to(student.device)
+        uniforms = self.behaviour.uniforms(student.device, student.shape[0])
         truncation: dict[str, Any] = {
             "top_k": decoding.top_k,
             "top_p": decoding.top_p,
@@ -216,7 +220,7 @@ class Generation:
         assert self.teacher is not None
         transcript, behaviour, decoding = self.transcript, self.behaviour, self.decoding
         rows = self.lengths.shape[0]
-        uniforms = behaviour.uniforms(rows, count, 3).to(self.lengths.device)
+        uniforms = behaviour.uniforms(self.lengths.device, rows, count, 3)
         start = transcript.last_position
         drafts = self.lengths.new_empty(rows, count)
         rows_of_scores = []
@@ -235,9 +239,8 @@ class Generation:
             if decoding.processors:
                 # Only where there is room: a finished row's last token is no place for a draft.
                 has_room = self.active & (self.lengths + index < self.room)
-                at = (self.lengths + index).clamp(max=self.room - 1)[:, None]
-                kept = self.tokens.gather(1, at)
-                self.tokens.scatter_(1, at, drafts[:, index, None].where(has_room[:, None], kept))
+                at = (self.lengths + index).where(has_room, self.room)
+                self.tokens.scatter_(1, at[:, None], drafts[:, index, None])
             if index + 1 < count:
                 position = torch.minimum(start + index + 1, self.last_position)
                 transcript.append(drafts[:, index], position)
@@ -265,11 +268,10 @@ class Generation:
         taken = counts.sum(-1)
         failed = counts & (tokens < 0)
 
-        row, index = counts.nonzero(as_tuple=True)
-        at = before[row] + index
-        self.tokens[row, at] = tokens[row, index]
-        numbers = [x[row, index] for x in judged[1:6]]
-        self._record(numbers, (slice(None), row, at))
+        at = (before[:, None] + ahead).where(counts, self.room)
+        self.tokens.scatter_(1, at, tokens)
+        numbers = torch.stack(judged[1:6])
+        self._recorded(judged[1]).scatter_(2, at.expand_as(numbers), numbers)
         stopped = (is_stop & counts).any(-1)
         if self.behaviour.stopping.criteria:
             taken, stopped = self._stopped_within(taken, stopped)
@@ -350,11 +352,11 @@ class Generation:
         """Prompts and the first `length` tokens of the responses."""
         return self.sequences[:, : self.prompt + length]
 
-    def _record(self, numbers: Any, at: tuple[Any, ...]) -> None:
-        values = torch.stack(list(numbers))
+    def _recorded(self, like: Tensor) -> Tensor:
+        """The numbers so far, in the dtype of those that come."""
         if self.numbers is None:
-            self.numbers = values.new_zeros(len(_NUMBERS), *self.tokens.shape)
-        self.numbers[at] = values
+            self.numbers = like.new_zeros(len(_NUMBERS), *self.tokens.shape)
+        return self.numbers
 
     def _refuse(self, failed: Tensor) -> None:
         rows = failed.nonzero()[:, 0].tolist()

@@ -18,8 +18,10 @@ class RolloutStatistics:
             rejection or after the end of a response are void and do not count, so that the share
             of rejected ones estimates the total variation between the student and `μ`.
         accepted: those of them that stood.
-        student_seconds, teacher_seconds: spent in the models.
-        sampling_seconds: spent between them: processors, blending and drawing.
+        student_seconds, teacher_seconds: spent in the models. On a GPU that is the time of the
+            host, which queues their work.
+        sampling_seconds: spent between them: processors, blending and drawing; on a GPU with the
+            time that the host waits for all of it.
     """
 
     student_forwards: int
@@ -67,7 +69,7 @@ class Rollout:
         """Sums over the tokens of the responses, for `opdc.metrics`.
 
         `beta`, `kl`, their number `positions`, and from speculative sampling `drafted` and
-        `accepted`.
+        `accepted`; on the device of the rollout.
         """
         sums = {
             "beta": self.beta.sum(dtype=torch.float64),  # 0 off the mask
@@ -75,6 +77,6 @@ class Rollout:
             "positions": self.mask.sum(dtype=torch.float64),
         }
         if self.statistics.drafted:
-            sums["drafted"] = torch.tensor(float(self.statistics.drafted), dtype=torch.float64)
-            sums["accepted"] = torch.tensor(float(self.statistics.accepted), dtype=torch.float64)
-        return {name: value.cpu() for name, value in sums.items()}
+            for name in ("drafted", "accepted"):
+                sums[name] = sums["beta"].new_full((), float(getattr(self.statistics, name)))
+        return sums

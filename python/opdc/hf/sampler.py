@@ -64,9 +64,10 @@ class BlendSampler:
         eos_map: `(student_eos, teacher_eos)`, where the two models end with different ids.
         valid_vocab: the number of ids that both models have, where their vocabularies differ in
             size by padding.
-        generator: of the uniforms; None: the global one, which trainers save and restore. A token
-            of each row takes one of `torch.rand(B, dtype=torch.float64)`, finished rows too; a
-            block of n drafts `(B, n, 3)`; greedy decoding none.
+        generator: of the uniforms; None: the global one of the CPU, which trainers save and restore
+            and which draws the same for models on a GPU. A token of each row takes one of
+            `torch.rand(B, dtype=torch.float64)`, finished rows too; a block of n drafts
+            `(B, n, 3)`; greedy decoding none.
 
     Attributes:
         step: of the training, for `budget` and `prefix`.

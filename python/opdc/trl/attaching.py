@@ -66,7 +66,8 @@ def attach(
         autocast: run the hidden path under the trainer's autocast. TRL's own runs in float32
             whatever `bf16` says, though rollouts do not.
         metrics: whether the metrics of the loss are computed. On a support the whole rows are read
-            for them alone: `opdc.lsm` takes a fraction of the time without.
+            for them alone: `opdc.lsm` takes a fraction of the time without. To log them the host
+            waits for a GPU once in each micro-batch.
 
     Returns:
         `trainer`.
@@ -76,8 +77,9 @@ def attach(
             number.
         ValueError: a second loss; an option that the trainer has no use for; a configuration that
             never calls the loss; no teacher, or one with another vocabulary or on another device; a
-            temperature that is not the one of the other side; a trainer on an accelerator, or whose
-            subclass adds to the loss in the method that would be replaced.
+            temperature that is not the one of the other side; a trainer on another accelerator
+            than a CUDA GPU, or whose subclass adds to the loss in the method that would be
+            replaced.
         RuntimeError: the installed TRL lacks the hook; or, in training, a step that did not call
             the loss.
 

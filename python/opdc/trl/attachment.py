@@ -71,9 +71,9 @@ class Attachment:
         name = type(self.trainer).__name__
         require(self.trainer, self.method)
         device = self.trainer.accelerator.device
-        if device.type != "cpu":
+        if device.type not in ("cpu", "cuda"):
             raise ValueError(
-                f"trainer: it trains on {device}; opdc's losses are for the CPU so far: "
+                f"trainer: it trains on {device}; opdc computes on CPUs and on CUDA GPUs: "
                 "use_cpu=True in its arguments"
             )
         self._check_nothing_is_lost()
@@ -270,12 +270,13 @@ class Attachment:
     def measured(self, name: str, like: Tensor) -> Tensor:
         """A sum of this micro-batch so far, NaN where the loss does not report it."""
         values = [part[name] for part in self._measured[LOSS] if name in part]
-        total = torch.stack(values).sum() if values else torch.tensor(torch.nan)
-        return total.to(like)
+        return torch.stack(values).sum().to(like) if values else torch.full_like(like, torch.nan)
 
     def _report(self) -> None:
         """Means over the positions of all processes, into the trainer's log."""
-        mine = {prefix: opdc.metrics.combine(parts) for prefix, parts in self._measured.items()}
+        mine = {
+            prefix: _on_cpu(opdc.metrics.combine(parts)) for prefix, parts in self._measured.items()
+        }
         self._measured = {prefix: [] for prefix in mine}
         log = getattr(self.trainer, "_metrics", None)
         if log is None:
@@ -287,3 +288,11 @@ class Attachment:
             if total and total["positions"] > 0:
                 for name, value in opdc.metrics.mean(total).items():
                     log[mode][prefix + name].append(value.item())
+
+
+def _on_cpu(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All in one copy, for which the host waits."""
+    if not metrics:
+        return {}
+    numbers = torch.stack(list(metrics.values())).cpu()
+    return dict(zip(metrics, numbers.unbind(), strict=True))

@@ -88,17 +88,21 @@ def generalized_jsd_loss(
         reduction="sum",
         **support,
     )
+    # A tensor of one number stays where it is, the loss goes on without waiting for it.
+    denominator: Any
     if num_items_in_batch is not None:
-        denominator = torch.as_tensor(num_items_in_batch, device=total.device)
+        denominator = num_items_in_batch
+        if isinstance(denominator, Tensor):
+            denominator = denominator.to(total.device)
     elif reduction == "sum":
         return total
     elif reduction == "batchmean":
-        rows = student_logits.shape[0] if mask is None else mask.sum()
-        denominator = torch.as_tensor(rows, device=total.device).clamp(min=1)
+        denominator = max(student_logits.shape[0], 1) if mask is None else mask.sum().clamp(min=1)
     else:
         rows = student_logits[..., 0].numel() if mask is None else mask.sum()
-        denominator = torch.as_tensor(rows * vocabulary, device=total.device)
-    return total / denominator
+        denominator = rows * vocabulary
+    loss: Tensor = total / denominator
+    return loss
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import opdc
-from opdc.hf.distill import NO_POSITION, labelled, teacher_logits
+from opdc.hf.distill import labelled, teacher_logits, warn_of_nothing
 from opdc.info import version
 
 from . import rollouts
@@ -288,12 +288,11 @@ class DistillationHidden(OfFunction, Distillation):
 class Labelled(Attachment):
     """Trainers with labels that mark the response."""
 
-    _warned = False
+    _looked = False
 
     def warn_of_nothing(self, mask: Tensor) -> None:
-        if not self._warned and not mask.any():
-            self._warned = True
-            warnings.warn(NO_POSITION.format(ignored=IGNORED), stacklevel=2)
+        if not self._looked:
+            self._looked = warn_of_nothing(mask, IGNORED)
 
     def is_scaled(self, num_items_in_batch: Any) -> bool:
         """Whether `Trainer` takes the loss for one that accounts for accumulation."""
@@ -660,9 +659,10 @@ class Async(OfFunction, Remote):
         total = loss.detach()
         entropies = (self.measured(f"{model}_entropy", total) for model in ("student", "teacher"))
         # Of each teacher: positions, and sums that are not known apart.
-        each = torch.full((given["num_teachers"], 3), torch.nan).to(total)
+        each = total.new_full((given["num_teachers"], 3), torch.nan)
         if given.get("teacher_id_idx") is not None:
-            each[:, 0] = given["teacher_id_idx"].bincount(minlength=given["num_teachers"])
+            teachers = torch.arange(given["num_teachers"], device=total.device)
+            each[:, 0] = (given["teacher_id_idx"][:, None] == teachers).sum(0)
         return loss, total, *entropies, each.flatten()
 
 
