@@ -129,7 +129,7 @@ static opdc_status check_slots_of(const plan *at, int64_t index, int64_t *sorted
     sorted[place] = id;
     count++;
   }
-  if (total > 1 + 1e-4)
+  if (total > MOST_MASS)
     return fail(
         error, OPDC_INVALID_VALUE,
         "teacher.logprobs: got a mass of %g at position %lld, want log-probs over the whole "

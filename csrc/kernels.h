@@ -151,11 +151,11 @@ typedef struct row {
   double trusted, gated, selected;         /* M of tropd, the gate of eopd and aopd, M of reopold */
   double support_student, support_teacher; /* P and Q */
   double overlap, slots;                   /* ids of S among the student's own, and |S| */
-  double compared;                         /* 0: the teacher was not read */
-  double teacher_at_top;                   /* its logit of the student's first largest id */
-  double dominant; /* the gradient of a mixture at that id, in units of its coefficient */
-  double active;   /* 1, or 0: nothing else here is meant */
-  double factor;   /* weight over denominator: the share of the loss in the value */
+  double compared; /* 0: the teacher was not read; NaN: what came is no position of this loss */
+  double teacher_at_top; /* its logit of the student's first largest id */
+  double dominant;       /* the gradient of a mixture at that id, in units of its coefficient */
+  double active;         /* 1, or 0: nothing else here is meant */
+  double factor;         /* weight over denominator: the share of the loss in the value */
 } row;
 _Static_assert(sizeof(row) == OPDC_ROW * sizeof(double), "a row is OPDC_ROW doubles");
 

@@ -81,6 +81,7 @@ SPECIALISED mixture_sums mixture_block(const row_call *call, const row_input *in
     FOR_EACH_LANE(count) group_add(&means, part, lane_load(u + i));
     team_sync();
     u[top - start] = derivative;
+    team_sync();
     sums.top = (double)derivative;
   }
   sums.value = (double)group_sum(values.part);

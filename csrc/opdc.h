@@ -62,7 +62,7 @@ typedef struct opdc_error {
  * all on the CPU or all on one GPU (CUDA; compute capability 7.0 or newer), but for settings. There
  *
  *   nothing waits: a function returns when its work is queued;
- *   the results are those of the CPU, bit for bit;
+ *   the results are those of the CPU, bit for bit but for the bits of a NaN;
  *   nobody looks at values beforehand: where a CPU call has an error that names a position (an id
  *   that is none, a uniform outside [0, 1)), that position has the result of a NaN kind of row.
  *

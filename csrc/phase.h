@@ -49,7 +49,7 @@ OUTLINED_INLINE void measure_part(const phase *of, int64_t index, workspace work
   const int takes_part = of->again ? at->rows[index].active != 0
                                    : at->constants.settings.num_items != 0 && is_active(at, index);
   row_clear((char *)numbers, of->columns * (int64_t)sizeof(double));
-  if (!takes_part || (at->on_gpu && is_invalid(at, index))) return;
+  if (!takes_part || is_invalid(at, index)) return;
   const row_input input = input_at(at, index);
   if (of->again) {
     load_entries(of, index, &at->rows[index], &work);
@@ -65,11 +65,8 @@ OUTLINED_INLINE void combine_row(const phase *of, int64_t index, row *here, work
   const plan *at = &of->at;
   const slice_set all = {part_at(of, 0, index), of->count, at->positions * of->columns};
   if (here->active == 0) return;
+  if (spoil_if_invalid(at, index, here)) return;
   const row_input input = input_at(at, index);
-  if (at->on_gpu && is_invalid(at, index)) {
-    here->token_log_ratio = here->advantage = NAN;
-    return;
-  }
   if (of->again) {
     load_entries(of, index, here, &work);
     ROW_KERNEL(at, combine_again)(&at->constants, &input, &all, here, &work);

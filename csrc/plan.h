@@ -40,29 +40,14 @@ static inline int is_prefix(const plan *at, int64_t index) {
   return view_flag(&at->prefix_mask, index, 0);
 }
 
+#define MOST_MASS (1 + 1e-4) /* of a sparse teacher, by the rounding of what came */
+
 /* The token as an id of the slice; -1: there is none here. */
 static inline int64_t local_token(const plan *at, int64_t index) {
   const int64_t token = at->tokens.tensor ? token_at(&at->tokens, index) : -1;
+  if (token < at->constants.first) return -1;
   const int64_t local = token - at->constants.first;
-  return local >= 0 && local < at->constants.vocabulary ? local : -1;
-}
-
-/* What is an error on a processor, and on a GPU, where nobody looks at the values beforehand, a row
- * without a loss: an id that the vocabulary lacks, a uniform that is none. */
-OUTLINED_INLINE int is_invalid(const plan *at, int64_t index) {
-  if (at->tokens.tensor) {
-    const int64_t token = token_at(&at->tokens, index);
-    if (token < 0 || token >= at->whole_vocabulary) return 1;
-  }
-  if (is_prefix(at, index)) return 0;
-  if (at->uniforms.tensor) {
-    const double uniform = view_number(&at->uniforms, index, 0);
-    if (!(uniform >= 0 && uniform < 1)) return 1;
-  }
-  for (int64_t slot = 0; at->slot_ids.tensor && slot < at->constants.k; slot++)
-    if (load_id(view_at(&at->slot_ids, index), at->slot_ids.bytes, slot) >= at->whole_vocabulary)
-      return 1;
-  return 0;
+  return local < at->constants.vocabulary ? local : -1;
 }
 
 OUTLINED_INLINE row_input input_at(const plan *at, int64_t index) {

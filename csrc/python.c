@@ -309,11 +309,20 @@ static void *allocate(void *context, size_t bytes) {
 
 static const opdc_device *device_of(const borrowed *b) { return b->on_gpu ? &b->device : NULL; }
 
-static int find_device(borrowed *b) {
-  for (int i = 0; i < b->count && !b->on_gpu; ++i) {
+/* A tensor on a GPU whose library does not say its stream could be read before it is written, and
+ * given back while a kernel reads it. */
+static int find_device(borrowed *b, const parameter *wanted, int first) {
+  for (int i = first; i < b->count; ++i) {
     const tensor *of = &b->tensors[i];
-    if (!of->given || !of->api || of->view.device.device_type != kDLCUDA) continue;
-    if (!of->api->current_work_stream || !of->api->managed_tensor_allocator) continue;
+    if (!of->given || of->view.device.device_type != kDLCUDA) continue;
+    if (!of->api || !of->api->current_work_stream || !of->api->managed_tensor_allocator) {
+      PyErr_Format(PyExc_TypeError,
+                   "%s is on a GPU, and its library does not say on which stream: pass a tensor of "
+                   "PyTorch, as torch.from_dlpack makes one",
+                   wanted[i - first].name);
+      return -1;
+    }
+    if (b->on_gpu) continue;
     b->on_gpu = of;
     b->device = (opdc_device){.allocate = allocate, .context = b};
     if (of->api->current_work_stream(kDLCUDA, of->view.device.device_id, &b->device.stream) != 0)
@@ -324,11 +333,12 @@ static int find_device(borrowed *b) {
 
 static int borrow_all(const module_state *state, PyObject *const *objects, const parameter *wanted,
                       int count, borrowed *b) {
+  const int first = b->count;
   for (int i = 0; i < count; ++i) {
     tensor *next = &b->tensors[b->count++];
     if (borrow(state, objects[i], &wanted[i], next) < 0) return -1;
   }
-  return find_device(b);
+  return find_device(b, wanted, first);
 }
 
 /* Memory that was taken for the call goes back to an allocator that follows its stream: whoever
@@ -799,6 +809,15 @@ static PyObject *cuda_program_names(PyObject *module, PyObject *unused) {
   return texts(cuda_program_name, UINT64_MAX);
 }
 
+static PyObject *describe_cuda_compiler(PyObject *module, PyObject *unused) {
+  (void)module, (void)unused;
+  int major, minor, lowest;
+  opdc_error error;
+  const opdc_status status = cuda_compiler(&major, &minor, &lowest, &error);
+  return status == OPDC_OK ? Py_BuildValue("(iii)", major, minor, lowest)
+                           : none_or_error(status, &error);
+}
+
 static const char CUDA_COMPILE_DOC[] =
     "cuda_compile($module, program, is_double, variant, capability, /)\n--\n\n"
     "The machine code of a program for GPUs of a compute capability, 90 for 9.0.";
@@ -906,6 +925,8 @@ static PyMethodDef FUNCTIONS[] = {
     {"instruction_sets", instruction_sets, METH_NOARGS,
      "instruction_sets($module, /)\n--\n\nThose that this processor offers, the slowest first."},
     {"cuda_compile", FASTCALL(compile_for_cuda), CUDA_COMPILE_DOC},
+    {"cuda_compiler", describe_cuda_compiler, METH_NOARGS,
+     "cuda_compiler($module, /)\n--\n\nThe version of NVRTC and the lowest capability for it."},
     {"cuda_programs", cuda_program_names, METH_NOARGS,
      "cuda_programs($module, /)\n--\n\nThe names of the programs for GPUs."},
     {NULL, NULL, 0, NULL}};

@@ -5,10 +5,76 @@
 
 #include "settle.h"
 
+/* --- Values that nobody has looked at -----------------------------------------------------------
+ */
+
+#if OPDC_ON_DEVICE
+
+/* What is an error on a processor, which looks at all values beforehand, and on a GPU a row without
+ * a loss: a token or an id that the vocabulary lacks, an id that comes twice, a mass above 1, a
+ * uniform that is none. All threads of the row ask together. */
+OUTLINED int is_invalid(const plan *at, int64_t index) {
+  const int64_t slots = at->slot_ids.tensor && !is_prefix(at, index) ? at->constants.k : 0;
+  const char *const ids = slots ? view_at(&at->slot_ids, index) : NULL,
+                    *const logprobs = slots ? view_at(&at->slot_logprobs, index) : NULL;
+  double mass = 0;
+  ROW_SHARED(int, found);
+  BY_ONE {
+    *found = 0;
+    if (at->tokens.tensor) {
+      const int64_t token = token_at(&at->tokens, index);
+      if (token < 0 || token >= at->whole_vocabulary) *found = 1;
+    }
+    if (at->uniforms.tensor && !is_prefix(at, index)) {
+      const double uniform = view_number(&at->uniforms, index, 0);
+      if (!(uniform >= 0 && uniform < 1)) *found = 1;
+    }
+    for (int64_t slot = 0; slot < slots; slot++)
+      if (load_id(ids, at->slot_ids.bytes, slot) >= 0)
+        mass += SCALAR(exp)(load_element(logprobs, at->slot_logprobs.type, slot));
+    if (mass > MOST_MASS) *found = 1;
+  }
+  FOR_EACH_OF_ROW(slot, (int64_t)0, slots) {
+    const int64_t id = load_id(ids, at->slot_ids.bytes, slot);
+    int is_wrong = id >= at->whole_vocabulary;
+    for (int64_t before = 0; before < slot && id >= 0; before++)
+      is_wrong |= load_id(ids, at->slot_ids.bytes, before) == id;
+    if (is_wrong) *found = 1;
+  }
+  row_sync();
+  const int answer = *found != 0;
+  row_sync();
+  return answer;
+}
+
+#else
+
+static inline int is_invalid(const plan *at, int64_t index) {
+  (void)at, (void)index;
+  return 0;
+}
+
+#endif
+
+/* Gives an invalid row the numbers of one that is no distribution. */
+static inline int spoil_if_invalid(const plan *at, int64_t index, row *here) {
+  if (!is_invalid(at, index)) return 0;
+  here->compared = here->loss = here->token_log_ratio = here->advantage = NAN;
+  here->student_entropy = here->teacher_entropy = here->reverse_kl = here->forward_kl = NAN;
+  return 1;
+}
+
 /* --- Losses ----------------------------------------------------------------------------------- */
 
 static inline void clear_gradient(const plan *at, int64_t index) {
   row_clear(view_at(&at->gradient, index), at->constants.width * at->gradient.bytes);
+}
+/* Of a row without a loss: padding has none in any case. */
+static inline void spoil_gradient(const plan *at, int64_t index) {
+  char *const to = view_at(&at->gradient, index);
+  clear_gradient(at, index);
+  FOR_EACH_OF_ROW(id, (int64_t)0, at->constants.vocabulary)
+    store_element(to, at->gradient.type, id, NAN);
 }
 
 OUTLINED_INLINE void write_gradient(const plan *at, int64_t index, const row *from, double upstream,
@@ -27,9 +93,7 @@ OUTLINED_INLINE void write_gradient(const plan *at, int64_t index, const row *fr
  * measured of all rows first. */
 OUTLINED_INLINE void measure_row(const plan *at, int64_t index, row *here, workspace work) {
   if (at->in_phases) work.kept = NULL;
-  if (here->active != 0 && at->on_gpu && is_invalid(at, index)) {
-    here->token_log_ratio = here->advantage = NAN;
-  } else if (here->active != 0) {
+  if (here->active != 0 && !spoil_if_invalid(at, index, here)) {
     const row_input input = input_at(at, index);
     ROW_KERNEL(at, measure)(&at->constants, &input, here, &work);
   }
@@ -49,6 +113,10 @@ OUTLINED_INLINE double upstream_of(const plan *at, int64_t index) {
 /* The gradient of a row whose loss is known, from what is kept again. */
 OUTLINED_INLINE void differentiate_row(const plan *at, int64_t index, const row *from,
                                        workspace work) {
+  if (from->active != 0 && is_invalid(at, index)) {
+    spoil_gradient(at, index);
+    return;
+  }
   if (from->active != 0) {
     const row_input input = input_at(at, index);
     ROW_KERNEL(at, keep)(&at->constants, &input, from, &work);

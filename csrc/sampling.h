@@ -18,6 +18,7 @@ typedef struct sampling_plan {
   char *memory; /* for each thread, or thread block */
   size_t memory_bytes;
 } sampling_plan;
+_Static_assert(sizeof(sampling_plan) == 1608, "of the host and of NVRTC alike");
 
 static inline int64_t step_count(const sampling_plan *at) {
   return at->block > 0 ? at->positions / at->block : 0;

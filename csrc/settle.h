@@ -70,13 +70,42 @@ case metric_##name:                                                             
   return sum;
 }
 
+/* Sums of metrics over stretches of positions: threads have one of both each. */
+enum { STRETCH = 256, STRETCHES = 16 };
+typedef struct batch_of_metrics {
+  double at[STRETCHES][METRIC_COUNT];
+} batch_of_metrics;
+
+static inline double joined(metric index, double sum, double more) {
+  switch (index) {
+#define METRIC(name, reduce_by, when, value_of_row)                                                \
+case metric_##name: return reduce_by(sum, more);
+    METRICS(METRIC)
+#undef METRIC
+  case METRIC_COUNT: break;
+  }
+  return sum;
+}
+
 OUTLINED_INLINE void gather_metrics(const plan *at, double *metrics) {
-  FOR_EACH_OF_ROW(i, (int64_t)0, METRIC_COUNT) {
-    const metric index = (metric)i;
-    const int is_computed = (int)(at->metrics >> i & 1);
-    metrics[i] = is_computed ? start_of(index) : 0;
-    for (int64_t n = 0; is_computed && n < at->positions; n++)
-      if (at->rows[n].active != 0) metrics[i] = with_metric(index, metrics[i], &at->rows[n]);
+  ROW_SHARED(batch_of_metrics, sums);
+  FOR_EACH_OF_ROW(i, (int64_t)0, METRIC_COUNT)
+    metrics[i] = at->metrics >> i & 1 ? start_of((metric)i) : 0;
+  for (int64_t next = 0; next < at->positions; next += STRETCHES * STRETCH) {
+    row_sync();
+    FOR_EACH_OF_ROW(place, (int64_t)0, STRETCHES * METRIC_COUNT) {
+      const metric index = (metric)(place % METRIC_COUNT);
+      const int64_t start = next + place / METRIC_COUNT * STRETCH;
+      double sum = start_of(index);
+      const int64_t end = start + STRETCH < at->positions ? start + STRETCH : at->positions;
+      for (int64_t i = start; at->metrics >> index & 1 && i < end; i++)
+        if (at->rows[i].active != 0) sum = with_metric(index, sum, &at->rows[i]);
+      sums->at[place / METRIC_COUNT][index] = sum;
+    }
+    row_sync();
+    FOR_EACH_OF_ROW(i, (int64_t)0, METRIC_COUNT)
+      for (int part = 0; part < STRETCHES && at->metrics >> i & 1; part++)
+        metrics[i] = joined((metric)i, metrics[i], sums->at[part][i]);
   }
 }
 
@@ -134,20 +163,33 @@ OUTLINED_INLINE void share_out(const plan *at) {
   row_sync();
 }
 
-/* The value of a rank, counted from 1. A processor sorts; of a GPU's threads each counts for some
- * candidates how many come before them. */
+/* The value of a rank, counted from 1, of values that are no NaN. A processor sorts; a GPU's
+ * threads count: the bits of a double, but for those of negative ones, are in the order of the
+ * doubles, and those of the value are found one after the other, from the first on. */
 OUTLINED_INLINE double value_of_rank(candidate *all, int64_t count, int64_t rank) {
 #if OPDC_ON_DEVICE
-  ROW_SHARED(double, found);
-  FOR_EACH_OF_ROW(i, (int64_t)0, count) {
-    int64_t before = 0;
-    for (int64_t j = 0; j < count; j++) before += comes_before(all[j], all[i]);
-    if (before == rank - 1) *found = all[i].value;
+  const uint64_t sign = (uint64_t)1 << 63;
+  uint64_t value = 0;
+  double found;
+  ROW_SHARED(int64_t, larger);
+  for (int place = 63; place >= 0; place--) {
+    const uint64_t wanted = value | (uint64_t)1 << place;
+    int64_t mine = 0;
+    BY_ONE *larger = 0;
+    FOR_EACH_OF_ROW(i, (int64_t)0, count) {
+      uint64_t bits;
+      memcpy(&bits, &all[i].value, sizeof bits);
+      bits = bits & sign ? ~bits : bits | sign;
+      mine += bits >= wanted;
+    }
+    row_add(larger, mine);
+    row_sync();
+    if (*larger >= rank) value = wanted;
   }
+  value = value & sign ? value & ~sign : ~value;
+  memcpy(&found, &value, sizeof found);
   row_sync();
-  const double value = *found;
-  row_sync();
-  return value;
+  return found;
 #else
   take_largest(all, count, rank);
   return all[rank - 1].value;
@@ -223,7 +265,7 @@ OUTLINED_INLINE void settle_row(const plan *at, int64_t index, row *to) {
   if (to->active == 0) return;
   const row_input input = input_at(at, index);
   ROW_KERNEL(at, settle)(&at->constants, &input, to);
-  if (at->on_gpu && is_invalid(at, index)) to->loss = NAN;
+  if (to->compared != to->compared) to->loss = NAN;
 }
 
 /* The losses of rows that were measured apart: futures are discounted, positions selected, and the

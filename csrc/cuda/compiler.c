@@ -68,9 +68,9 @@ static int look_at(struct dl_phdr_info *library, size_t size, void *out) {
     snprintf(found->runtime, PATH_MAX, "%.*s", (int)(slash - path), path);
     found->major = (int)strtol(version + 4, NULL, 10);
   }
-  const char *packages = strstr(path, "/torch/lib/");
-  if (!packages) packages = strstr(path, "/nvidia/");
-  if (packages) snprintf(found->packages, PATH_MAX, "%.*s", (int)(packages - path), path);
+  const char *const torch = strstr(path, "/torch/lib/"), *const nvidia = strstr(path, "/nvidia/");
+  if (torch || (nvidia && !*found->packages)) /* the driver, too, may lie in a "nvidia" */
+    snprintf(found->packages, PATH_MAX, "%.*s", (int)((torch ? torch : nvidia) - path), path);
   return 0;
 }
 static void look_around(neighbours *found) { dl_iterate_phdr(look_at, found); }
@@ -157,6 +157,15 @@ static opdc_status open_compiler(const compiler **out, opdc_error *error) {
   pthread_mutex_unlock(&kept.lock);
   *out = &kept.compiler;
   return status;
+}
+
+opdc_status cuda_compiler(int *major, int *minor, int *lowest, opdc_error *error) {
+  const compiler *found;
+  TRY(open_compiler(&found, error));
+  *major = found->major;
+  *minor = found->minor;
+  *lowest = found->capabilities[0];
+  return OPDC_OK;
 }
 
 /* ------------------------------------------------------------ a program */
@@ -321,6 +330,7 @@ opdc_status machine_code_of(const char *program, int is_double, const char *vari
   *machine_code = cache_read(name, bytes);
   if (*machine_code) return OPDC_OK;
   TRY(compile(&at, machine_code, bytes, error));
+  error->message[0] = 0; /* a warning is not for who only wants to run */
   cache_write(name, *machine_code, *bytes);
   return OPDC_OK;
 }

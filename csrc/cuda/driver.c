@@ -60,14 +60,23 @@ typedef struct device_entry {
   program_entry *programs;
 } device_entry;
 
-/* Entries are added and never changed or freed, so who has a pointer to a device needs no lock; and
- * the functions stand since before there was a device. */
+/* Entries are added, ready for use, and never changed or freed: who has found one needs no lock. To
+ * load takes seconds, for which threads that find what they want do not wait. */
 static struct {
-  pthread_mutex_t lock;
+  pthread_mutex_t loading; /* who adds; taken before the next one */
+  pthread_mutex_t lists;   /* who looks, and for the moment of the adding */
   int is_loaded;
-  DRIVER_table call;
+  DRIVER_table call; /* stands since before there was a device */
   device_entry *devices;
-} driver = {.lock = PTHREAD_MUTEX_INITIALIZER};
+} driver = {.loading = PTHREAD_MUTEX_INITIALIZER, .lists = PTHREAD_MUTEX_INITIALIZER};
+
+#define ADD(entry, list)                                                                           \
+  do {                                                                                             \
+    pthread_mutex_lock(&driver.lists);                                                             \
+    (entry)->next = (list);                                                                        \
+    (list) = (entry);                                                                              \
+    pthread_mutex_unlock(&driver.lists);                                                           \
+  } while (0)
 
 /* ------------------------------------------------------------ errors */
 
@@ -154,12 +163,14 @@ static opdc_status open_device(int ordinal, device_entry *out, opdc_error *error
   return OPDC_OK;
 }
 
-static opdc_status find_device(int ordinal, const cuda_device **out, opdc_error *error) {
-  for (device_entry *at = driver.devices; at; at = at->next)
-    if (at->device.ordinal == ordinal) {
-      *out = &at->device;
-      return OPDC_OK;
-    }
+static device_entry *known_device(int ordinal) {
+  device_entry *at = driver.devices;
+  while (at && at->device.ordinal != ordinal) at = at->next;
+  return at;
+}
+
+static opdc_status add_device(int ordinal, device_entry **out, opdc_error *error) {
+  if ((*out = known_device(ordinal)) != NULL) return OPDC_OK; /* another thread was faster */
   TRY(load_driver(error));
   device_entry *const fresh = calloc(1, sizeof *fresh);
   if (!fresh) return fail(error, OPDC_OUT_OF_MEMORY, "out of memory: no room for a device");
@@ -168,16 +179,22 @@ static opdc_status find_device(int ordinal, const cuda_device **out, opdc_error 
     free(fresh);
     return status;
   }
-  fresh->next = driver.devices;
-  driver.devices = fresh;
-  *out = &fresh->device;
+  ADD(fresh, driver.devices);
+  *out = fresh;
   return OPDC_OK;
 }
 
 opdc_status cuda_open(int ordinal, const cuda_device **out, opdc_error *error) {
-  pthread_mutex_lock(&driver.lock);
-  const opdc_status status = find_device(ordinal, out, error);
-  pthread_mutex_unlock(&driver.lock);
+  opdc_status status = OPDC_OK;
+  pthread_mutex_lock(&driver.lists);
+  device_entry *found = known_device(ordinal);
+  pthread_mutex_unlock(&driver.lists);
+  if (!found) {
+    pthread_mutex_lock(&driver.loading);
+    status = add_device(ordinal, &found, error);
+    pthread_mutex_unlock(&driver.loading);
+  }
+  if (status == OPDC_OK) *out = &found->device;
   return status;
 }
 
@@ -206,14 +223,24 @@ static int load_kernel(const device_entry *device, void *module, const char *nam
   return result;
 }
 
-static opdc_status find_program(device_entry *device, const char *name, int is_double,
-                                const char *variant, program_entry **out, opdc_error *error) {
-  for (program_entry *at = device->programs; at; at = at->next)
-    if (at->is_double == is_double && strcmp(at->name, name) == 0 &&
-        strcmp(at->variant, variant) == 0) {
-      *out = at;
-      return OPDC_OK;
-    }
+static program_entry *known_program(const device_entry *device, const char *name, int is_double,
+                                    const char *variant) {
+  program_entry *at = device->programs;
+  while (at && (at->is_double != is_double || strcmp(at->name, name) != 0 ||
+                strcmp(at->variant, variant) != 0))
+    at = at->next;
+  return at;
+}
+
+static kernel_entry *known_kernel(const program_entry *program, const char *name) {
+  kernel_entry *at = program ? program->kernels : NULL;
+  while (at && strcmp(at->name, name) != 0) at = at->next;
+  return at;
+}
+
+static opdc_status add_program(device_entry *device, const char *name, int is_double,
+                               const char *variant, program_entry **out, opdc_error *error) {
+  if ((*out = known_program(device, name, is_double, variant)) != NULL) return OPDC_OK;
   char *code = NULL;
   size_t bytes;
   program_entry *const fresh = calloc(1, sizeof *fresh + strlen(variant) + 1);
@@ -233,42 +260,43 @@ static opdc_status find_program(device_entry *device, const char *name, int is_d
     free(fresh);
     return status;
   }
-  fresh->next = device->programs;
-  *out = device->programs = fresh;
+  ADD(fresh, device->programs);
+  *out = fresh;
   return OPDC_OK;
 }
 
-static opdc_status find_kernel(device_entry *device, const char *program, int is_double,
-                               const char *variant, const char *name, cuda_kernel *out,
-                               opdc_error *error) {
-  program_entry *from = NULL;
-  TRY(find_program(device, program, is_double, variant, &from, error));
-  for (kernel_entry *at = from->kernels; at; at = at->next)
-    if (strcmp(at->name, name) == 0) {
-      *out = at->kernel;
-      return OPDC_OK;
-    }
+static opdc_status add_kernel(const device_entry *device, program_entry *program, const char *name,
+                              kernel_entry **out, opdc_error *error) {
+  if ((*out = known_kernel(program, name)) != NULL) return OPDC_OK;
   kernel_entry *const fresh = calloc(1, sizeof *fresh + strlen(name) + 1);
   if (!fresh) return fail(error, OPDC_OUT_OF_MEMORY, "out of memory: no room for a kernel");
   strcpy(fresh->name, name);
   int result = enter(device);
-  if (result == 0) result = leave(load_kernel(device, from->module, name, &fresh->kernel));
+  if (result == 0) result = leave(load_kernel(device, program->module, name, &fresh->kernel));
   if (result != 0) {
     free(fresh);
     return refuse(result, "load a kernel", device->device.ordinal, error);
   }
-  fresh->next = from->kernels;
-  from->kernels = fresh;
-  *out = fresh->kernel;
+  ADD(fresh, program->kernels);
+  *out = fresh;
   return OPDC_OK;
 }
 
 opdc_status cuda_find(const cuda_device *device, const char *program, int is_double,
                       const char *variant, const char *name, cuda_kernel *out, opdc_error *error) {
-  pthread_mutex_lock(&driver.lock);
-  const opdc_status status = find_kernel((device_entry *)(void *)device, program, is_double != 0,
-                                         variant, name, out, error);
-  pthread_mutex_unlock(&driver.lock);
+  device_entry *const on = (device_entry *)(void *)device;
+  opdc_status status = OPDC_OK;
+  pthread_mutex_lock(&driver.lists);
+  program_entry *from = known_program(on, program, is_double, variant);
+  kernel_entry *found = known_kernel(from, name);
+  pthread_mutex_unlock(&driver.lists);
+  if (!found) {
+    pthread_mutex_lock(&driver.loading);
+    status = add_program(on, program, is_double, variant, &from, error);
+    if (status == OPDC_OK) status = add_kernel(on, from, name, &found, error);
+    pthread_mutex_unlock(&driver.loading);
+  }
+  if (status == OPDC_OK) *out = found->kernel;
   return status;
 }
 

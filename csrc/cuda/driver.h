@@ -27,8 +27,9 @@ typedef struct cuda_kernel {
 /* The device of that number, opened at its first use. */
 opdc_status cuda_open(int ordinal, const cuda_device **out, opdc_error *error);
 
-/* A kernel of a program (the name of its text without ".cu"), for float or double, and for a
- * variant: "element=1 support=0" makes OPDC_FIXED_element=1 and OPDC_FIXED_support=0 of it. */
+/* A kernel of a program (the name of its text without ".cu", which is kept), for float or double,
+ * and for a variant: "element=1 support=0" makes OPDC_FIXED_element=1 and OPDC_FIXED_support=0 of
+ * it. */
 opdc_status cuda_find(const cuda_device *device, const char *program, int is_double,
                       const char *variant, const char *name, cuda_kernel *out, opdc_error *error);
 
@@ -41,6 +42,9 @@ opdc_status cuda_launch(const cuda_device *device, cuda_kernel kernel, int64_t b
  * has the compiler's warnings if there is none. */
 opdc_status cuda_compile(const char *program, int is_double, const char *variant, int capability,
                          char **machine_code, size_t *bytes, opdc_error *error);
+
+/* The version of NVRTC, and the lowest capability that it compiles for. */
+opdc_status cuda_compiler(int *major, int *minor, int *lowest, opdc_error *error);
 
 /* The names of the programs; and the texts that they are made of, these and headers. Both end with
  * NULL. */

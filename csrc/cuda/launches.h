@@ -39,4 +39,10 @@ typedef struct slice_launch {
 } slice_launch;
 _Static_assert(sizeof(slice_launch) <= ARGUMENT_BYTES, "a kernel takes so many bytes");
 
+/* The host's compiler and NVRTC lay structs out alike: both come to these numbers. */
+_Static_assert(sizeof(row_call) == 240 && sizeof(plan) == 2912 && sizeof(loss_launch) == 3096 &&
+                   sizeof(slice_launch) == 3152 && sizeof(scaling) == 504 &&
+                   sizeof(ranking) == 760 && sizeof(gating) == 680,
+               "what a kernel takes has the same layout on both sides");
+
 #endif

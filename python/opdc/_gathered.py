@@ -190,7 +190,7 @@ def _products(hidden: Tensor, weight: Tensor, ids: Tensor) -> Iterator[tuple[sli
         named = ids[chunk]
         rows = weight.index_select(0, named.reshape(-1).clamp(0, vocabulary - 1)).to(dtype)
         missing = (named < 0) | (named >= vocabulary)
-        yield chunk, rows.view(*named.shape, width).masked_fill(missing.unsqueeze(-1), 0)
+        yield chunk, rows.view(*named.shape, width).masked_fill_(missing.unsqueeze(-1), 0)
 
 
 @_projected._as_they_are

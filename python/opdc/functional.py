@@ -22,10 +22,10 @@ Devices: the CPU, or a CUDA GPU; all tensors of a call are on one, but for `num_
 anywhere. A GPU computes with the same rules, in the same order of the sums; the kernels are
 compiled at their first use and kept on disk. A call only queues its work on the current stream: the
 host never waits, and after a first call the work can be captured in a CUDA graph. What nobody looks
-at then is no error: a token or an id of a `TopK` out of range, a uniform number outside of `[0, 1)`
-and a `num_items` on a GPU that is no count give a NaN loss in their rows, which `nonfinite_rows` of
-the metrics counts. (That an id comes twice in a `TopK`, or its mass is above 1, goes unnoticed.)
-Calls with a `process_group` or DTensors, whose processes agree before they compute, do wait.
+at then is no error: a token or an id of a `TopK` out of range, an id that comes twice there, a
+uniform number outside of `[0, 1)` and a `num_items` on a GPU that is no count give a NaN loss in
+their rows, which `nonfinite_rows` of the metrics counts. Calls with a `process_group` or DTensors,
+whose processes agree before they compute, do wait.
 
 Processes: a vocabulary that is split over processes is named by `process_group`, see `Common`. A
 student of DTensors (`torch.distributed.tensor`) is more general: the loss is that of the whole

@@ -75,11 +75,10 @@ def cuda_driver() -> str | None:
 def cuda_compiler() -> str:
     """What NVRTC, which compiles the kernels for a GPU, says of itself; or why it cannot."""
     try:
-        _C.cuda_compile(_C.cuda_programs()[0], False, "", 1)  # for a GPU older than any it knows
-    except (RuntimeError, ValueError) as error:
-        found = re.search(r"NVRTC \d+\.\d+ compiles for \d+\.\d+ and newer", str(error))
-        return found[0] if found else str(error).removeprefix("CUDA: ")
-    return "NVRTC"
+        major, minor, lowest = _C.cuda_compiler()
+    except RuntimeError as error:
+        return str(error).removeprefix("CUDA: ")
+    return f"NVRTC {major}.{minor} compiles for {lowest // 10}.{lowest % 10} and newer"
 
 
 def openmp_runtimes() -> list[str]:

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 import opdc
-from opdc import _ops
 
 from .transcript import Reader, Transcript, evaluating, vocabulary_size
 
@@ -70,7 +69,6 @@ class BlendLogitsProcessor(LogitsProcessor):
         self._teacher = Reader(teacher_model, "teacher", needs_cache=True)
         self._attention_mask = attention_mask
         self._read: Tensor | None = None
-        self._continues: Tensor | None = None  # whether this was so
         self._transcript: Transcript | None = None
 
     @torch.no_grad()
@@ -95,14 +93,8 @@ class BlendLogitsProcessor(LogitsProcessor):
                 mask = mask.repeat_interleave(rows // prompts, dim=0)
             self._transcript = Transcript(input_ids, mask, room=64)
         else:
-            rows, known = self._read.shape
-            fits = input_ids.shape[0] == rows and input_ids.shape[1] > known
-            before, self._continues = self._continues, None
-            if fits:
-                self._continues = (input_ids[:, :known] == self._read).all()
-            # Of a GPU a call later, when nobody has to wait for the answer.
-            answer = before if fits and _ops.is_on_gpu(input_ids) else self._continues
-            if not fits or (answer is not None and not answer):
+            known = self._read.shape[1]
+            if input_ids.shape[1] <= known or not torch.equal(input_ids[:, :known], self._read):
                 raise ValueError(
                     "the sequences do not continue those of the call before: one "
                     "BlendLogitsProcessor serves one call of generate, without beams or drafts"
