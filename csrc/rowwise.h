@@ -17,7 +17,7 @@ OUTLINED int is_invalid(const plan *at, int64_t index) {
   const int64_t slots = at->slot_ids.tensor && !is_prefix(at, index) ? at->constants.k : 0;
   const char *const ids = slots ? view_at(&at->slot_ids, index) : NULL,
                     *const logprobs = slots ? view_at(&at->slot_logprobs, index) : NULL;
-  double mass = 0;
+  double total = 0;
   ROW_SHARED(int, found);
   BY_ONE {
     *found = 0;
@@ -31,8 +31,8 @@ OUTLINED int is_invalid(const plan *at, int64_t index) {
     }
     for (int64_t slot = 0; slot < slots; slot++)
       if (load_id(ids, at->slot_ids.bytes, slot) >= 0)
-        mass += SCALAR(exp)(load_element(logprobs, at->slot_logprobs.type, slot));
-    if (mass > MOST_MASS) *found = 1;
+        total += SCALAR(exp)(load_element(logprobs, at->slot_logprobs.type, slot));
+    if (total > MOST_MASS) *found = 1;
   }
   FOR_EACH_OF_ROW(slot, (int64_t)0, slots) {
     const int64_t id = load_id(ids, at->slot_ids.bytes, slot);

@@ -13,6 +13,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import emulated
+
 # Inductor keys its cache by the graph, not by the shapes that a fake kernel gives: a graph compiled
 # with an older opdc would be run with the outputs of this one. So every run has a cache of its own.
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="opdc-inductor-")
@@ -26,6 +28,36 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("reproducible")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        choices=("cpu", "emulated", "cuda"),
+        default="cpu",
+        help="where the C core works on the tensors of all tests: an emulated GPU (tests/cuda), or "
+        "a real one, to and from which they are copied for each call",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cpu_only: of what the host sees in tensors on a CPU only")
+
+
+def pytest_collection_modifyitems(config, items):
+    """On a GPU the tests of what is refused for its values are left out, and counted."""
+    if config.getoption("--device") == "cpu":
+        return
+    left_out = [item for item in items if item.get_closest_marker("cpu_only")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(autouse=True)
+def device(request):
+    where = request.config.getoption("--device")
+    with emulated.device(where):
+        yield where
 
 
 @pytest.fixture(autouse=True)

@@ -709,6 +709,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("case", WRONG)
 def test_hazard_08_wrong_calls_are_refused_as_with_logits(case):
     of_teacher, options, message = WRONG[case]

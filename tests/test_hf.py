@@ -885,7 +885,7 @@ def test_speculation_is_distributed_as_the_blend_exactly(monkeypatch, draft_leng
     # Rows need their blocks at different times: all take part until the last is done.
     blocks = iter(range(length))
 
-    def uniforms(self, rows, count, kinds):
+    def uniforms(self, device, rows, count, kinds):
         block = next(blocks)
         void = (0.5,) * kinds
         at = [(block, index) for index in range(count)]

@@ -191,6 +191,7 @@ def test_k2_and_k3_are_never_negative(case):
 # ----------------------------------------------------------------- errors
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("bad", [-1, 50, 2**63 - 1, -(2**63), 2**31, -100])
 @pytest.mark.parametrize("case", [*POLICY, Case("token_logprobs", "token_logprobs")], ids=str)
 def test_hazard_08_token_out_of_range_is_an_error_before_anything_is_written(case, bad):
@@ -222,6 +223,7 @@ def test_hazard_08_tokens_of_inactive_positions_are_not_looked_at(case, bad):
     assert torch.equal(usual.gradient, result.gradient)
 
 
+@pytest.mark.cpu_only
 def test_hazard_08_the_valid_vocabulary_bounds_the_tokens():
     inputs = make_inputs("far", (4,), 50)
     inputs.tokens[:] = torch.tensor([0, 7, 39, 40])

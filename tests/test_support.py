@@ -1486,12 +1486,14 @@ def assert_refused(function, teacher, keywords, fragments):
         assert torch.equal(student.detach(), LOGITS)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("error", CELL_ERRORS)
 def test_hazard_08_and_32_cells_that_mean_nothing_are_refused(error):
     function, keywords, fragments = CELL_ERRORS[error]
     assert_refused(function, OTHER, keywords, fragments)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("error", SPARSE_ERRORS)
 def test_hazard_08_what_a_server_sends_is_checked(error):
     teacher, keywords, fragments = SPARSE_ERRORS[error]

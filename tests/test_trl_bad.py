@@ -697,9 +697,12 @@ def test_advantages_of_a_blend():
 
 
 def test_a_trainer_on_an_accelerator(trainer):
-    on_cuda = property(lambda _: torch.device("cuda", 0))
-    with mock.patch.object(type(trainer.accelerator), "device", on_cuda):
-        refused(trainer, ValueError, ["trainer", "cuda:0", "CPU", "use_cpu=True"])
+    elsewhere = property(lambda _: torch.device("xpu", 0))
+    with mock.patch.object(type(trainer.accelerator), "device", elsewhere):
+        refused(trainer, ValueError, ["trainer", "xpu:0", "CUDA", "use_cpu=True"])
+    on_a_gpu = property(lambda _: torch.device("cuda", 0))
+    with mock.patch.object(type(trainer.accelerator), "device", on_a_gpu):
+        opdc.trl.detach(opdc.trl.attach(trainer, opdc.nn.ReverseKLLoss()))
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])

@@ -3,8 +3,10 @@
  *
  * Prints one line `hash <digits>` of everything computed, which must be the same for every
  * instruction set, compiler and optimisation level. Exits with 77 where the instruction set that
- * OPDC_ISA names cannot run.
+ * OPDC_ISA names cannot run. Also for the emulated GPU of tests/cuda, if it is named as the last
+ * argument: then it takes the places of the driver and of the compiler.
  */
+#define _POSIX_C_SOURCE 200112L /* setenv */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -49,6 +51,39 @@ static void add_to_hash(double x) {
   for (int i = 0; i < 8; i++) hash = (hash ^ (bits >> (8 * i) & 255)) * 1099511628211u;
 }
 
+/* --- Devices -------------------------------------------------------------------------------- */
+
+/* Where tensors say that they are. */
+static DLDevice where = {kDLCPU, 0};
+
+/* The memory of the last calls. */
+static void *held[16];
+static void *allocate(void *next, size_t bytes) {
+  int *const at = next;
+  *at = (*at + 1) % 16;
+  free(held[*at]);
+  return held[*at] = aligned_alloc(256, (bytes + 255) / 256 * 256);
+}
+
+/* More than one thread is another order of threads there. */
+static const opdc_device *device(int threads) {
+  static int next;
+  static const opdc_device gpu = {/* the stream that the emulated driver knows */
+                                  .stream = (char *)0x5100,
+                                  .allocate = allocate,
+                                  .context = &next};
+  setenv("OPDC_EMULATION_ORDER", threads == 1 ? "ascending" : "descending", 1);
+  return where.device_type == kDLCUDA ? &gpu : NULL;
+}
+
+static void go_to(const char *emulation) {
+  where = (DLDevice){emulation ? kDLCUDA : kDLCPU, 0};
+  if (!emulation) return;
+  setenv("OPDC_CUDA_DRIVER", emulation, 1);
+  setenv("OPDC_NVRTC", emulation, 1);
+  setenv("OPDC_CACHE", "/nowhere", 1); /* what it compiles is nothing */
+}
+
 /* --- Tensors -------------------------------------------------------------------------------- */
 
 typedef struct tensor {
@@ -67,7 +102,7 @@ static DLTensor *shaped(tensor *out, void *data, DLDataType type, int axes, int6
   out->strides[0] = stride;
   out->strides[axes > 0 ? axes - 1 : 0] = 1;
   out->dl = (DLTensor){.data = data,
-                       .device = {kDLCPU, 0},
+                       .device = where,
                        .ndim = axes,
                        .dtype = type,
                        .shape = out->shape,
@@ -263,7 +298,9 @@ static void arguments_of(problem *p, const variant *how, opdc_reduction reductio
       .region = how->region,
       .outlier = how->outlier,
       .k = how->k,
-      .threads = threads};
+      .threads = threads,
+      .device = device(threads)};
+  out->settings.dl.device = (DLDevice){kDLCPU, 0};
   if (how->id_bytes) {
     void *ids = how->id_bytes == 8 ? (void *)p->ids : (void *)p->narrow_ids;
     out->call.slot_ids = shaped(&out->ids, ids, id, 2, ROWS, how->k, how->k);
@@ -854,7 +891,7 @@ static void test_topk(void) {
           opdc_topk(shaped(&logits, p.student, types[type], 2, ROWS, width, p.stride), 0.8, 0,
                     shaped(&ids, found[many], (DLDataType){kDLInt, 64, 1}, 2, ROWS, k, k),
                     shaped(&logprobs, numbers[many], types[result], 2, ROWS, k, k), many ? 4 : 1,
-                    NULL, &error);
+                    device(many ? 4 : 1), &error);
       CHECK(status == OPDC_OK, "%s", error.message);
     }
     CHECK(memcmp(found[0], found[1], (size_t)(ROWS * k * 8)) == 0 &&
@@ -971,6 +1008,7 @@ static void test_drawing(problem *p, const drawing *how) {
         .top_k = how->top_k,
         .student_eos = how->with_eos && p->width > 1 ? 0 : -1,
         .teacher_eos = how->with_eos && p->width > 1 ? p->width - 1 : -1,
+        .device = device(many ? 4 : 1),
         .threads = many ? 4 : 1};
     memset(numbers[many], 0, sizeof numbers[many]);
     const opdc_status status =
@@ -1087,6 +1125,7 @@ static void test_hard_draws(void) {
                               .top_p = 0.5,
                               .student_eos = -1,
                               .teacher_eos = -1,
+                              .device = device(1),
                               .threads = 1};
   const opdc_status status =
       opdc_sample(&call, shaped(&tokens, found, (DLDataType){kDLInt, 64, 1}, 1, HARD, 0, 1),
@@ -1299,7 +1338,8 @@ static opdc_status drift_gate(double *now, double *old, uint8_t *mask, int64_t b
       shaped(&a, now, types[dtype_f64], 2, SEQUENCES, LENGTH, LENGTH),
       shaped(&b, old, types[dtype_f64], 2, SEQUENCES, LENGTH, LENGTH),
       mask ? shaped(&c, mask, (DLDataType){kDLBool, 8, 1}, 2, SEQUENCES, LENGTH, LENGTH) : NULL,
-      block, kappa, shaped(&d, weights, types[type], 2, SEQUENCES, LENGTH, LENGTH), NULL, error);
+      block, kappa, shaped(&d, weights, types[type], 2, SEQUENCES, LENGTH, LENGTH), device(1),
+      error);
 }
 
 static void test_drift_gate(void) {
@@ -1459,28 +1499,44 @@ static void test_errors(void) {
   wrong = p;
   wrong.tokens[INACTIVE] = -1;
   CHECK(run(&wrong, &k1, OPDC_MEAN, 1, p.gradient, &error) == OPDC_OK, "%s", error.message);
+  arguments at; /* all tensors are where the student is */
+  arguments_of(&p, &k1, OPDC_MEAN, 1, &at);
+  tensor *const others[] = {&at.teacher, &at.tokens, &at.mask, &at.rows};
+  at.student.dl.device = (DLDevice){kDLCUDA, 0};
+  shaped(&at.value, p.value, types[at.type], 0, 1, 0, 1)->device = at.student.dl.device;
+  for (int turn = 0; turn < 8; turn++) {
+    for (int i = 0; i < 4; i++) others[i]->dl.device = at.student.dl.device;
+    others[turn / 2]->dl.device = (DLDevice){turn % 2 ? kDLCPU : kDLCUDA, turn % 2 == 0};
+    CHECK(opdc_loss(&at.call, &at.value.dl, NULL, &at.rows.dl, NULL, &error) == OPDC_INVALID_TYPE &&
+              strstr(error.message, "want it on cuda:0"),
+          "%s", error.message);
+  }
   release(&p);
 }
 
-/* `test_core brief` stops where an emulator would take minutes. */
+/* `test_core brief [emulated GPU]` stops where an emulator would take minutes. */
 int main(int argc, char **argv) {
   opdc_error error;
   const char *name = opdc_instruction_set(&error);
   const int brief = argc > 1 && strcmp(argv[1], "brief") == 0;
+  const char *emulation = argc > 2 ? argv[2] : NULL;
   if (!name) {
     printf("skipped: %s\n", error.message);
     return 77;
   }
   list_variants();
+  go_to(emulation);
   test_values(1);
   test_topk();
   test_samplers(1);
   test_hard_draws();
   test_take_largest();
+  go_to(NULL); /* the sparse head is the processor's */
   test_gathered();
+  go_to(emulation);
   test_drift_gate();
   test_poisoned_rows();
-  test_errors();
+  if (!emulation) test_errors(); /* of a GPU's tensors the host sees no values */
   printf("brief hash %016llx\n", (unsigned long long)hash);
   if (!brief) {
     test_values(0);
@@ -1488,6 +1544,7 @@ int main(int argc, char **argv) {
     test_identical_models();
     printf("hash %016llx\n", (unsigned long long)hash);
   }
+  for (int i = 0; i < 16; i++) free(held[i]);
   printf("instruction set %s, %d failures\n", name, failures);
   return failures != 0;
 }
