@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("csrc", "python", "tests", "CMakeLists.txt", "pyproject.toml")
 C_TESTS = "c"  # the program tests/c/test_core.c instead of a file of tests/
+C_TESTS_ON_A_GPU = "c on a GPU"  # the same, on the emulated one
 LIMIT = 600  # seconds: a fault may well make a loop endless
 
 
@@ -68,23 +69,33 @@ RULES = "csrc/rules.h"
 BLEND = "csrc/blend.h"
 DRAW = "csrc/draw.h"
 SAMPLE = "csrc/sample.c"
+SAMPLING_ROWS = "csrc/sampling.h"
 ROW = "csrc/row.h"
 CALL = "csrc/call.c"
 MIXTURE = "csrc/mixture.h"
 GRADIENT = "csrc/gradient.h"
 MEASURE = "csrc/measure.h"
 SUPPORT = "csrc/support.h"
-API = "csrc/api.c"
-REDUCE = "csrc/reduce.c"
-MEMORY_OF_THREADS = "csrc/memory.c"
 CHECK = "csrc/check.c"
-SELECT = "csrc/select.c"
-TOPK = "csrc/topk.c"
-DRIFT = "csrc/drift.c"
+VIEW = "csrc/view.h"
+PLAN = "csrc/plan.h"
+ROWWISE = "csrc/rowwise.h"
+SETTLE = "csrc/settle.h"
+SELECT = "csrc/select.h"
 SLICES = "csrc/slices.h"
-PHASES = "csrc/phases.c"
+PHASE = "csrc/phase.h"
 GATHERED = "csrc/gathered.h"
 GATHERED_LOOPS = "csrc/gathered.c"
+TEAM = "csrc/team.h"
+LANE_OF_TEAM = "csrc/cuda/lane_team.h"
+LOSS_PROGRAM = "csrc/cuda/loss.cu"
+SLICE_PROGRAM = "csrc/cuda/slice.cu"
+SAMPLE_PROGRAM = "csrc/cuda/sample.cu"
+GPU_CALLS = "csrc/cuda/calls.c"
+LAUNCH = "csrc/cuda/launch.c"
+DRIVER = "csrc/cuda/driver.c"
+COMPILER = "csrc/cuda/compiler.c"
+CACHE = "csrc/cuda/cache.c"
 SPARSE = "python/opdc/_gathered.py"
 RANKS = "python/opdc/_ranks.py"
 PROJECTED = "python/opdc/_projected.py"
@@ -120,6 +131,18 @@ NEAR_SHARDS = f"{PARALLEL}::test_hazard_10_and_12_shards_are_as_near_to_the_trut
 UNDEFINED_SHARDS = f"{PARALLEL}::test_hazard_04_undefined_rows_are_undefined_everywhere_and_alone"
 FROM_HIDDEN = "test_projection.py"
 ALL_GATHERED = "test_gathered.py"
+
+EMULATED = "test_emulated.py"
+RACES = f"{EMULATED}::test_no_two_threads_race"
+SAMPLERS_RACE = f"{EMULATED}::test_samplers_do_not_race"
+NOTHING_DRAWN = f"{EMULATED}::test_values_that_the_host_cannot_check_draw_nothing"
+SPOILED = f"{EMULATED}::test_values_that_the_host_cannot_check_spoil_their_own_row"
+COMPILING = "test_cuda_compile.py"
+A_VARIANT = f"{COMPILING}::test_a_variant_is_a_program_of_its_own"
+LAUNCHED = f"{COMPILING}::test_a_launch_is_what_was_asked_for"
+ON_A_GPU = "test_cuda_python.py"
+NOTHING_ON_A_GPU = f"{ON_A_GPU}::test_a_share_of_nothing_on_a_gpu_is_nothing"
+IDLE = f"{ON_A_GPU}::test_all_positions_are_projected_and_idle_ones_count_for_nothing"
 
 MUTATIONS = (
     # ------------------------------------------------------------- formulas
@@ -192,8 +215,8 @@ MUTATIONS = (
     Mutation(
         "mixture_reference_never_used",
         MIXTURE,
-        "= top_ratio < 0.5;",
-        "= top_ratio < 0;",
+        "top_ratio < 0.5",
+        "top_ratio < 0",
         (VALUES,),
     ),
     Mutation(
@@ -213,8 +236,8 @@ MUTATIONS = (
     Mutation(
         "blocks_after_the_first_batch_forget_it",
         ROW,
-        "      index = 1;",
-        "      index = 0;",
+        "count = 1;\n  }\n  const kl_result whole",
+        "count = 0;\n  }\n  const kl_result whole",
         (VALUES, MASKED, MEMORY),
     ),
     Mutation(
@@ -254,9 +277,11 @@ MUTATIONS = (
     ),
     Mutation(
         "discount_crosses_sequences",
-        REDUCE,
-        "  for (int64_t end = at->positions; end > 0; end -= length) {\n    double future = 0;",
-        "  double future = 0;\n  for (int64_t end = at->positions; end > 0; end -= length) {",
+        SETTLE,
+        "length = sequence_length(at);\n"
+        "  FOR_EACH_OF_ROW(sequence, (int64_t)0, at->positions / length)",
+        "length = at->positions + !at->positions;\n"
+        "  FOR_EACH_OF_ROW(sequence, (int64_t)0, at->positions / length)",
         (POLICY,),
     ),
     # ------------------------------------------------------------- temperature
@@ -356,64 +381,67 @@ MUTATIONS = (
     # ------------------------------------------------------------- positions
     Mutation(
         "inactive_rows_read",
-        API,
-        "  settle_row(at, index);\n  if (at->with_gradient)",
-        "  settle_row(at, index);\n"
-        "  if (at->rows[index].active == 0) {\n"
-        "    const char *student = view_at(&at->student, index);\n"
-        "    at->rows[index].loss = load_element(student, at->student.type, 0);\n"
-        "    at->rows[index].active = 1;\n"
+        ROWWISE,
+        "  if (at->with_gradient) write_gradient(at, index, here",
+        "  if (here->active == 0) {\n"
+        "    here->loss = load_element(view_at(&at->student, index), at->student.type, "
+        "0);\n"
+        "    here->active = 1;\n"
         "  }\n"
-        "  if (at->with_gradient)",
+        "  if (at->with_gradient) write_gradient(at, index, here",
         (MASKED,),
     ),
     Mutation(
         "inactive_gradient_not_cleared",
-        API,
-        "    memset(to, 0, (size_t)at->constants.width * (size_t)at->gradient.bytes);",
-        "    (void)to;",
+        ROWWISE,
+        "row_clear(view_at(&at->gradient, index), at->constants.width * at->gradient.bytes);",
+        "(void)at, (void)index;",
         (MASKED, VALUES),
     ),
     Mutation(
         "mean_over_all_positions",
-        REDUCE,
-        "denominator = given == given ? given : (double)selected;",
-        "denominator = given == given ? given : (double)at->positions;",
+        SETTLE,
+        "given : (double)all->positions",
+        "given : (double)at->positions",
         (REDUCTIONS,),
     ),
     Mutation(
         "num_items_ignored",
-        REDUCE,
-        "denominator = given == given ? given : (double)selected;",
-        "denominator = (double)selected;",
+        SETTLE,
+        "given == given ? given : (double)all->positions",
+        "(double)all->positions",
         (REDUCTIONS,),
     ),
     Mutation(
-        "seq_mean_is_mean",
-        REDUCE,
-        "reduction == OPDC_SEQ_MEAN ? to->factor : 1;",
-        "reduction == OPDC_SEQ_MEAN ? (double)sequences / (double)selected : 1;",
+        "sequence_shared_out_over_its_length",
+        SETTLE,
+        "here ? 1 / (double)here : 0",
+        "here ? 1 / (double)length : 0",
         (REDUCTIONS,),
     ),
     Mutation(
-        "empty_sequences_counted", REDUCE, "sequences += here > 0;", "sequences++;", (REDUCTIONS,)
+        "empty_sequences_counted",
+        SETTLE,
+        "row_add(&all->sequences, here > 0)",
+        "row_add(&all->sequences, 1)",
+        (REDUCTIONS,),
     ),
     Mutation(
-        "weights_ignored", REDUCE, "view_number(&at->weights, i, 1) *", "1.0 *", (REDUCTIONS,)
+        "weights_ignored", SETTLE, "view_number(&at->weights, i, 1) *", "1.0 *", (REDUCTIONS,)
     ),
     Mutation(
         "weights_in_the_metrics",
-        REDUCE,
-        "reduce_by(metrics[metric_##name], (double)(value_of_row));",
-        "reduce_by(metrics[metric_##name], of->factor * (double)(value_of_row));",
+        SETTLE,
+        "reduce_by(sum, (double)(value_of_row))",
+        "reduce_by(sum, of->factor * (double)(value_of_row))",
         (POLICY,),
     ),
     # ------------------------------------------------------------- memory and threads
     Mutation(
         "offset_of_32_bits",
-        CHECK,
-        "offset += index % extent * stride_of(of->tensor, axis);",
-        "offset += (int)(index % extent * stride_of(of->tensor, axis));",
+        VIEW,
+        "at + index * of->strides[",
+        "at + (int)index * (int)of->strides[",
         (MEMORY,),
     ),
     Mutation(
@@ -432,7 +460,7 @@ MUTATIONS = (
     ),
     Mutation(
         "one_workspace_for_all_threads",
-        MEMORY_OF_THREADS,
+        PLAN,
         "at->memory + (size_t)thread * at->memory_bytes",
         "at->memory + 0 * (size_t)thread",
         (C_TESTS, MEMORY),
@@ -448,8 +476,8 @@ MUTATIONS = (
     Mutation(
         "kept_maximum_of_the_first_block",
         GRADIENT,
-        "lane_set(k[BLOCK])",
-        "lane_set(kept_block(kept, 0)[BLOCK])",
+        "*maximum = k[BLOCK];",
+        "*maximum = kept_block(kept, 0)[BLOCK];",
         (f"{VALUES}::test_vocabulary_size",),
     ),
     Mutation(
@@ -505,8 +533,8 @@ MUTATIONS = (
     Mutation(
         "ids_at_the_threshold_left_out",
         SUPPORT,
-        "(double)x[i] >= threshold",
-        "(double)x[i] > threshold",
+        "(double)x[first + i] >= threshold",
+        "(double)x[first + i] > threshold",
         (f"{ALL_TOPK}::test_vocabulary_size",),
     ),
     Mutation(
@@ -539,21 +567,21 @@ MUTATIONS = (
     ),
     Mutation(
         "undefined_row_like_missing_slots",
-        TOPK,
+        ROWWISE,
         "count < 0 ? (double)NAN",
         "count < 0 ? -(double)INFINITY",
         (f"{ALL_TOPK}::test_hazard_13_and_04_an_undefined_row_has_no_ids_and_is_alone",),
     ),
     Mutation(
         "missing_slot_has_an_id",
-        TOPK,
+        ROWWISE,
         "work.entries[i].id : -1",
         "work.entries[i].id : 0",
         (f"{ALL_TOPK}::test_hazard_02_missing_slots_where_fewer_ids_exist",),
     ),
     Mutation(
         "one_workspace_for_all_ranking_threads",
-        TOPK,
+        ROWWISE,
         "(size_t)thread * (at->candidate_bytes + at->entry_bytes)",
         "0 * (size_t)thread",
         ("test_holes.py::test_hazard_28_threads_have_a_workspace_each",),
@@ -676,16 +704,15 @@ MUTATIONS = (
     Mutation(
         "token_joins_twice",
         SUPPORT,
-        "!has_id(to, count, input->token) &&\n      input->teacher_logprob != -INFINITY",
-        "input->teacher_logprob != -INFINITY",
+        "!has_id(to, count, input->token) &&\n        input->teacher_logprob",
+        "input->teacher_logprob",
         (ON_SPARSE,),
     ),
     Mutation(
         "excluded_token_joins_the_support",
         SUPPORT,
-        "!has_id(to, count, input->token) &&\n      "
         "load_element(input->teacher, call->teacher_type, input->token) != -INFINITY)",
-        "!has_id(to, count, input->token))",
+        "1)",
         (f"{ALL_SUPPORT}::test_a_token_that_the_teacher_excludes_does_not_join_the_support",),
     ),
     Mutation(
@@ -707,7 +734,7 @@ MUTATIONS = (
     ),
     Mutation(
         "student_mass_of_the_teacher",
-        REDUCE,
+        SETTLE,
         "X(student_mass, add, METRIC_SUPPORT, of->support_student)",
         "X(student_mass, add, METRIC_SUPPORT, of->support_teacher)",
         (SUPPORT_METRICS,),
@@ -722,7 +749,7 @@ MUTATIONS = (
     Mutation(
         "slot_mass_unchecked",
         CALL,
-        "if (total > 1 + 1e-4)",
+        "if (total > MOST_MASS)",
         "if (0)",
         (f"{ALL_SUPPORT}::test_hazard_08_what_a_server_sends_is_checked",),
     ),
@@ -909,28 +936,28 @@ MUTATIONS = (
     ),
     Mutation(
         "undefined_row_counted_by_keep",
-        REDUCE,
+        SETTLE,
         "if (of->active != 0 && of->token_log_ratio == of->token_log_ratio)",
         "if (of->active != 0)",
         (f"{ALL_PUBLISHED}::test_hazard_04_an_undefined_row_is_nan_and_no_gate_counts_it",),
     ),
     Mutation(
         "mask_skipped_in_the_selection",
-        REDUCE,
+        SETTLE,
         "if (of->active != 0 && of->token_log_ratio == of->token_log_ratio)",
         "if (of->token_log_ratio == of->token_log_ratio)",
         (f"{ALL_PUBLISHED}::test_the_entropy_threshold_is_of_the_active_positions_of_the_call",),
     ),
     Mutation(
         "kept_fraction_rounded_up_by_noise",
-        REDUCE,
+        SETTLE,
         "(double)count - 1e-9)",
         "(double)count)",
         (f"{ALL_PUBLISHED}::test_the_kept_fraction_is_rounded_up_but_not_by_rounding_errors",),
     ),
     Mutation(
         "mean_over_positions_not_selected",
-        REDUCE,
+        SETTLE,
         "    select_rows(at, entropies);\n    share_out(at);",
         "    select_rows(at, entropies);",
         (f"{ALL_PUBLISHED}::test_reduction_mask_weights",),
@@ -959,8 +986,8 @@ MUTATIONS = (
     Mutation(
         "uniforms_of_the_global_generator",
         FUNCTIONS,
-        "torch.rand(positions, generator=generator,",
-        "torch.rand(positions,",
+        "_arguments.uniforms(positions, dtype, given.device, generator)",
+        "_arguments.uniforms(positions, dtype, given.device, None)",
         (f"{ALL_PUBLISHED}::test_uniforms_come_from_the_generator",),
     ),
     Mutation(
@@ -980,31 +1007,31 @@ MUTATIONS = (
     ),
     Mutation(
         "drift_of_absolute_differences",
-        DRIFT,
-        "drift += view_number(&now, i, 0) - view_number(&old, i, 0);",
-        "drift += fabs(view_number(&now, i, 0) - view_number(&old, i, 0));",
+        ROWWISE,
+        "view_number(&at->now, i, 0) - view_number(&at->old, i, 0);",
+        "fabs(view_number(&at->now, i, 0) - view_number(&at->old, i, 0));",
         (
             f"{ALL_PUBLISHED}::test_drift_gate_never_reads_inactive_positions_and_takes_the_signed_mean",
         ),
     ),
     Mutation(
         "drift_gate_denominator",
-        DRIFT,
-        "gate / (total / count)",
-        "gate / (total / (double)positions)",
+        ROWWISE,
+        "all.total / all.count",
+        "all.total / (double)at->positions",
         (f"{ALL_PUBLISHED}::test_drift_gate_by_hand",),
     ),
     Mutation(
         "drift_gate_mean_over_blocks",
-        DRIFT,
-        "          total += here * gate;\n          count += here;",
-        "          total += gate;\n          count += here > 0;",
+        ROWWISE,
+        "sum.total += here * gate;\n    sum.count += here;",
+        "sum.total += gate;\n    sum.count += here > 0;",
         (f"{ALL_PUBLISHED}::test_drift_gate_by_hand",),
     ),
     Mutation(
         "drift_blocks_from_the_first_position",
-        DRIFT,
-        "from < start + length && !view_flag",
+        ROWWISE,
+        "from < end && !view_flag",
         "0 && !view_flag",
         (
             f"{ALL_PUBLISHED}::test_drift_gate_starts_blocks_at_the_first_active_position_and_counts_holes",
@@ -1012,8 +1039,8 @@ MUTATIONS = (
     ),
     Mutation(
         "drift_of_inactive_positions",
-        DRIFT,
-        "          if (!view_flag(&active, i, 1)) continue;\n",
+        ROWWISE,
+        "if (!view_flag(&at->active, i, 1)) continue;",
         "",
         (
             f"{ALL_PUBLISHED}::test_drift_gate_never_reads_inactive_positions_and_takes_the_signed_mean",
@@ -1053,9 +1080,9 @@ MUTATIONS = (
     # ------------------------------------------------------------- behind PyTorch
     Mutation(
         "first_upstream_for_all",
-        API,
-        "per_position ? view_at(&at->upstream, index) : at->upstream.data;",
-        "at->upstream.data;\n  (void)per_position;",
+        ROWWISE,
+        "at->reduction == OPDC_NONE ? view_at(of, index) : of->data",
+        "((void)index, of->data)",
         (f"{VALUES}::test_hazard_17_and_18_every_layout_of_a_non_uniform_upstream",),
     ),
     Mutation(
@@ -1090,8 +1117,8 @@ MUTATIONS = (
     Mutation(
         "fake_gradient_shape",
         OPERATORS,
-        "    _check_devices(student, call)\n    return student.new_empty(student.shape)\n",
-        "    _check_devices(student, call)\n    return student.new_empty(student.shape[:-1])\n",
+        "    check_devices(student, call)\n    return student.new_empty(student.shape)\n",
+        "    check_devices(student, call)\n    return student.new_empty(student.shape[:-1])\n",
         (BOUNDARY,),
     ),
     Mutation(
@@ -1137,19 +1164,23 @@ MUTATIONS = (
     ),
     Mutation("blend_without_halving", BLEND, "if (is_slow || !(", "if (!(", (C_TESTS,)),
     Mutation(
-        "blend_offset_lost", BLEND, "log_ratio + (double)slope * shift", "log_ratio", (C_TESTS,)
+        "blend_offset_lost",
+        BLEND,
+        "log_ratio + (double)frame->slope * frame->shift",
+        "log_ratio",
+        (C_TESTS,),
     ),
     Mutation(
         "blend_rounded_difference",
         BLEND,
-        "depth(z, i, lane_set(offsets.student_offset))",
-        "depth(z, i, lane_set((real)(offsets.student_offset + 0.1f)))",
+        "lane_set(frame->offsets.student_offset)",
+        "lane_set((real)(frame->offsets.student_offset + 0.1f))",
         (C_TESTS,),
     ),
     Mutation(
         "blend_teacher_slope",
         BLEND,
-        ": student_share * T.inverse;",
+        ": at.student_share * T.inverse;",
         ": (real)beta * T.inverse;",
         (C_TESTS,),
     ),
@@ -1192,7 +1223,11 @@ MUTATIONS = (
         (SAMPLING,),
     ),
     Mutation(
-        "draw_without_the_largest", DRAW, "  if (has_largest) weights[at] = 1;\n", "", (C_TESTS,)
+        "draw_without_the_largest",
+        DRAW,
+        "if (has_largest) BY_ONE_OF_TEAM weights[at] = 1;",
+        "",
+        (C_TESTS,),
     ),
     Mutation(
         "draw_cut_block",
@@ -1208,12 +1243,11 @@ MUTATIONS = (
         "!(id >= 0 && sum >= target)",
         (SAMPLING,),
     ),
-    Mutation("draw_impossible_id", DRAW, "    if (!(weights[i] > 0)) continue;\n", "", (SAMPLING,)),
     Mutation(
-        "draw_without_a_last_id",
+        "draw_impossible_id",
         DRAW,
-        "for (int64_t i = last; i >= 0 && id < 0; i--)",
-        "for (int64_t i = last; i > last; i--)",
+        "if (!(at->p[i] > 0)) continue;",
+        "",
         (SAMPLING, VERIFYING),
     ),
     Mutation(
@@ -1226,8 +1260,8 @@ MUTATIONS = (
     Mutation(
         "top_p_boundary",
         DRAW,
-        "if (above >= target) break;",
-        "if (above > target) break;",
+        "if (at.above >= at.target) break;",
+        "if (at.above > at.target) break;",
         (SAMPLING,),
     ),
     Mutation(
@@ -1274,7 +1308,7 @@ MUTATIONS = (
     ),
     Mutation(
         "draft_of_the_teachers_eos",
-        SAMPLE,
+        SAMPLING_ROWS,
         "if (input.draft == at->constants.teacher_eos)",
         "if (0)",
         (VERIFYING,),
@@ -1302,8 +1336,8 @@ MUTATIONS = (
     Mutation(
         "generator_ignored",
         SAMPLERS,
-        "device=logits.device, generator=generator)",
-        "device=logits.device)",
+        "torch.float64, logits.device, generator)",
+        "torch.float64, logits.device, None)",
         (SAMPLING,),
     ),
     # ------------------------------------------------------------- generate
@@ -1324,7 +1358,7 @@ MUTATIONS = (
     Mutation(
         "blend_excluded_id_underflows",
         DRAW,
-        "to->beta == 1 && !excludes_an_id(both.student, pair.vocabulary)",
+        "to->beta == 1 && !excludes_an_id(student, pair.vocabulary)",
         "to->beta == 1 && apart.forward_kl < INFINITY",
         (BLENDING,),
     ),
@@ -1422,7 +1456,7 @@ MUTATIONS = (
     ),
     Mutation(
         "entries_stay_global",
-        PHASES,
+        PHASE,
         "entry.id -= call->first;",
         "entry.id -= 0;",
         (C_TESTS,),
@@ -1436,7 +1470,7 @@ MUTATIONS = (
     ),
     Mutation(
         "dominant_id_is_not_finished",
-        PHASES,
+        PHASE,
         "!(from->student.rest < 1) ||",
         "from->student.rest < 1 ||",
         (NEAR_SHARDS,),
@@ -1472,22 +1506,22 @@ MUTATIONS = (
     Mutation(
         "positions_measured_apart_settle_apart",
         PROJECTED,
-        'return bool(call.settings[_DISCOUNT] != 0) or call.method.startswith("reopold")',
-        "return bool(call.settings[_DISCOUNT] != 0)",
+        'return bool(call.settings.tolist()[_DISCOUNT] != 0) or call.method.startswith("reopold")',
+        "return bool(call.settings.tolist()[_DISCOUNT] != 0)",
         (f"{FROM_HIDDEN}::test_chunks_do_not_change_the_numbers",),
     ),
     Mutation(
         "mean_of_the_last_chunk",
         PROJECTED,
-        "settings[-1] = work.positions.count",
-        "settings[-1] = work.rows_of_chunk",
+        "at.with_items(positions.count)",
+        "at.with_items(work.rows_of_chunk)",
         (f"{FROM_HIDDEN}::test_chunks_do_not_change_the_numbers",),
     ),
     Mutation(
         "sequences_without_their_share",
         PROJECTED,
-        "share = 1 / active.double()[sequence]",
-        "share = torch.ones(len(sequence), dtype=torch.float64)",
+        "share = 1 / of_sequence.double() / sequences",
+        "share = torch.ones_like(of_sequence).double() / sequences",
         (f"{FROM_HIDDEN}::test_reduction_mask_weights",),
     ),
     Mutation(
@@ -1611,15 +1645,15 @@ MUTATIONS = (
     Mutation(
         "sparse_head_reads_inactive_positions",
         SPARSE,
-        "& (logprobs != -math.inf) & active[..., None]",
+        "& (logprobs != -math.inf) & active.unsqueeze(-1)",
         "& (logprobs != -math.inf)",
         (f"{ALL_GATHERED}::test_hazard_05_inactive_positions_are_never_read",),
     ),
     Mutation(
         "sparse_head_reads_slots_without_mass",
         SPARSE,
-        "& (logprobs != -math.inf) & active[..., None]",
-        "& active[..., None]",
+        "& (logprobs != -math.inf) & active.unsqueeze(-1)",
+        "& active.unsqueeze(-1)",
         (f"{ALL_GATHERED}::test_rows_of_the_head_that_no_id_names_are_never_read",),
     ),
     Mutation(
@@ -1632,8 +1666,8 @@ MUTATIONS = (
     Mutation(
         "sparse_head_evaluates_a_share_of_nothing",
         SPARSE,
-        "if checked.settings[-1] == 0:",
-        "if checked.settings[-1] == -1:",
+        "if checked.num_items == 0:",
+        "if checked.num_items == -1:",
         (f"{ALL_GATHERED}::test_hazard_06_nothing_active",),
     ),
     Mutation(
@@ -1951,20 +1985,377 @@ MUTATIONS = (
         "        for c, given in enumerate(row[start - 1 :][: shape[1]]):\n",
         (ON_TEACHERS,),
     ),
+    # ------------------------------------------------------------- GPUs
+    Mutation(
+        "late_thread_overwrites_the_largest_exponential",
+        ROW,
+        "  e[at] = 1;\n  team_sync();\n",
+        "  e[at] = 1;\n",
+        (RACES,),
+    ),
+    Mutation(
+        "largest_logit_gone_before_all_have_found_it",
+        ROW,
+        "  team_sync();\n  x[at] = -(real)INFINITY;",
+        "  x[at] = -(real)INFINITY;",
+        (RACES,),
+    ),
+    Mutation(
+        "weights_of_blocks_scaled_while_they_are_added",
+        ROW,
+        "  team_sync();\n  FOR_EACH_OF_TEAM(i, count) weights[i]",
+        "  FOR_EACH_OF_TEAM(i, count) weights[i]",
+        (RACES,),
+    ),
+    Mutation(
+        "batch_overwritten_while_it_is_read",
+        ROW,
+        "  team_sync();\n  parts->student[0] = student;",
+        "  parts->student[0] = student;",
+        (RACES,),
+    ),
+    Mutation(
+        "derivative_put_back_before_the_sum",
+        MIXTURE,
+        "    team_sync();\n    u[top - start] = derivative;",
+        "    u[top - start] = derivative;",
+        (RACES,),
+    ),
+    Mutation(
+        "dominant_gradient_overwritten_late",
+        GRADIENT,
+        "    team_sync();\n    out[dominant - start] = 0;",
+        "    out[dominant - start] = 0;",
+        (EMULATED,),
+    ),
+    Mutation(
+        "gradient_over_logits_still_read",
+        ROWWISE,
+        "  row_sync(); /* all have read what the gradient may overwrite */\n",
+        "",
+        (RACES,),
+    ),
+    Mutation(
+        "shared_variable_read_too_early",
+        TEAM,
+        "  row_sync();\n  memcpy(variable, told",
+        "  memcpy(variable, told",
+        (EMULATED,),
+    ),
+    Mutation(
+        "nan_of_another_team_not_seen",
+        SUPPORT,
+        "  row_sync();\n  const int found = *has_nan;",
+        "  const int found = *has_nan;",
+        (EMULATED,),
+    ),
+    Mutation(
+        "candidates_counted_before_all_are_found",
+        SUPPORT,
+        "  row_sync();\n  const int64_t count = *found_count",
+        "  const int64_t count = *found_count",
+        (EMULATED,),
+    ),
+    Mutation(
+        "candidates_counted_by_many_at_once",
+        SUPPORT,
+        "row_count(found_count)",
+        "(*found_count)++",
+        (EMULATED,),
+    ),
+    Mutation(
+        "support_read_before_it_is_there",
+        SUPPORT,
+        "  row_sync();\n  return count;\n}\n\n/* How many ids",
+        "  return count;\n}\n\n/* How many ids",
+        (RACES,),
+    ),
+    Mutation(
+        "slots_chosen_by_all_threads",
+        SUPPORT,
+        "  BY_ONE {\n    for (int64_t slot",
+        "  {\n    for (int64_t slot",
+        (RACES,),
+    ),
+    Mutation(
+        "support_weighed_by_all_threads",
+        SUPPORT,
+        "BY_ONE for (int64_t i = 0; i < work->count; i++) {",
+        "for (int64_t i = 0; i < work->count; i++) {",
+        (EMULATED,),
+    ),
+    Mutation(
+        "weights_of_other_threads_not_there_yet",
+        DRAW,
+        "  team_sync();\n  for (int i = 0; i < count && !(id >= 0",
+        "  for (int i = 0; i < count && !(id >= 0",
+        (SAMPLERS_RACE,),
+    ),
+    Mutation(
+        "blocks_that_no_team_has",
+        TEAM,
+        "start += (int64_t)TEAM_COUNT * BLOCK",
+        "start += (int64_t)thread_count() * BLOCK",
+        (EMULATED,),
+    ),
+    Mutation(
+        "last_block_of_a_batch_not_counted",
+        ROW,
+        "(end - start + BLOCK - 1) / BLOCK",
+        "(end - start) / BLOCK",
+        (f"{VALUES}::test_vocabulary_size",),
+    ),
+    Mutation(
+        "wide_loads_of_unaligned_rows",
+        ROW,
+        "(uintptr_t)from % 16 == 0 ? count / step * step : 0",
+        "count / step * step",
+        (EMULATED,),
+    ),
+    Mutation(
+        "halves_of_a_word_swapped",
+        ROW,
+        "index % 2 * 16",
+        "(1 - index % 2) * 16",
+        (EMULATED,),
+    ),
+    Mutation(
+        "lanes_added_in_another_order",
+        LANE_OF_TEAM,
+        "  float sum = *parts;\n  for (int apart = LANES / 2; apart > 0; apart /= 2)",
+        "  float sum = *parts;\n  for (int apart = 1; apart < LANES; apart *= 2)",
+        (EMULATED,),
+    ),
+    Mutation(
+        "token_of_a_gpu_not_checked",
+        ROWWISE,
+        "if (token < 0 || token >= at->whole_vocabulary) *found = 1;",
+        "(void)token;",
+        (SPOILED,),
+    ),
+    Mutation(
+        "uniform_of_a_gpu_not_checked",
+        ROWWISE,
+        "if (!(uniform >= 0 && uniform < 1)) *found = 1;",
+        "(void)uniform;",
+        (SPOILED,),
+    ),
+    Mutation(
+        "slots_of_a_gpu_not_checked",
+        ROWWISE,
+        "is_wrong = id >= at->whole_vocabulary",
+        "is_wrong = 0",
+        (SPOILED,),
+    ),
+    Mutation(
+        "doubled_ids_of_a_gpu_not_seen",
+        ROWWISE,
+        "is_wrong |= load_id(ids, at->slot_ids.bytes, before) == id;",
+        "(void)before;",
+        (SPOILED,),
+    ),
+    Mutation(
+        "slot_mass_of_a_gpu_not_checked",
+        ROWWISE,
+        "> MOST_MASS) *found = 1;",
+        "> INFINITY) *found = 1;",
+        (SPOILED,),
+    ),
+    Mutation(
+        "metrics_of_the_first_stretch",
+        SETTLE,
+        "part < STRETCHES &&",
+        "part < 1 &&",
+        (REDUCTIONS, EMULATED),
+    ),
+    Mutation(
+        "uniforms_of_a_sampler_on_a_gpu_not_checked",
+        SAMPLING_ROWS,
+        "if (!(uniform_at(at, index, i) >= 0 && uniform_at(at, index, i) < 1)) return 1;",
+        "(void)at;",
+        (NOTHING_DRAWN,),
+    ),
+    Mutation(
+        "budget_of_a_gpu_not_checked",
+        SAMPLING_ROWS,
+        "if (!(view_number(&at->epsilon, index, 0) >= 0)) return 1;",
+        "",
+        (NOTHING_DRAWN,),
+    ),
+    Mutation(
+        "draft_of_a_gpu_not_checked",
+        SAMPLING_ROWS,
+        "if (token < 0 || token >= at->constants.row.vocabulary) return 1;",
+        "(void)token;",
+        (NOTHING_DRAWN,),
+    ),
+    Mutation(
+        "rank_off_by_one",
+        SETTLE,
+        "*larger >= rank",
+        "*larger > rank",
+        (EMULATED,),
+    ),
+    Mutation(
+        "positions_counted_by_each_thread",
+        SETTLE,
+        "FOR_EACH_OF_ROW(i, (int64_t)0, by_sequence ? 0 : at->positions)",
+        "for (int64_t i = 0; i < (by_sequence ? 0 : at->positions); i++)",
+        (EMULATED,),
+    ),
+    Mutation(
+        "all_axes_lie_one_after_the_other",
+        CHECK,
+        "last >= 0 && stride == out->strides[last] * out->extents[last]",
+        "last >= 0 && stride != 0",
+        (
+            MEMORY,
+            VALUES,
+            BOUNDARY,
+        ),
+    ),
+    Mutation(
+        "tensors_of_any_device",
+        CHECK,
+        "tensor->device.device_type == wanted.device_type &&",
+        "tensor->device.device_type > 0 &&",
+        (C_TESTS,),
+    ),
+    Mutation(
+        "tensors_of_any_gpu",
+        CHECK,
+        "tensor->device.device_id == wanted.device_id",
+        "wanted.device_id >= 0",
+        (C_TESTS,),
+    ),
+    Mutation(
+        "one_workspace_for_all_thread_blocks",
+        LOSS_PROGRAM,
+        "&here, workspace_of(at, (int)group_index())",
+        "&here, workspace_of(at, 0)",
+        (RACES,),
+    ),
+    Mutation(
+        "room_for_one_thread_block",
+        GPU_CALLS,
+        "at->memory_bytes * (size_t)blocks",
+        "at->memory_bytes",
+        (EMULATED,),
+    ),
+    Mutation(
+        "more_teams_than_the_shared_memory_holds",
+        LAUNCH,
+        "room < most ? room : most",
+        "most",
+        (EMULATED,),
+    ),
+    Mutation(
+        "slice_goes_on_with_an_old_row",
+        SLICE_PROGRAM,
+        "of->again ? at->rows[index] : fresh_row(at, index)",
+        "at->rows[index]",
+        (C_TESTS_ON_A_GPU,),
+    ),
+    Mutation(
+        "unmet_rows_are_not_done_again",
+        SAMPLE_PROGRAM,
+        "is_open ? -out.evaluations :",
+        "is_open ? out.evaluations :",
+        (f"{EMULATED}::test_rows_that_are_done_again_in_doubles",),
+    ),
+    Mutation(
+        "launch_on_the_default_stream",
+        LAUNCH,
+        "teams * TEAM_BYTES, at->owner->stream,",
+        "teams * TEAM_BYTES, NULL,",
+        (EMULATED,),
+    ),
+    Mutation(
+        "driver_gets_the_default_stream",
+        DRIVER,
+        "(unsigned)shared_bytes, stream, arguments",
+        "(unsigned)shared_bytes, NULL, arguments",
+        (LAUNCHED,),
+    ),
+    Mutation(
+        "context_stays_current",
+        DRIVER,
+        "const int left = driver.call.cuCtxPopCurrent_v2(&context);",
+        "const int left = (context = NULL) != NULL;",
+        (f"{COMPILING}::test_whatever_fails_is_an_error_and_the_next_call_works",),
+    ),
+    Mutation(
+        "program_of_another_variant",
+        DRIVER,
+        "strcmp(at->variant, variant) != 0",
+        "0",
+        (A_VARIANT,),
+    ),
+    Mutation(
+        "cache_forgets_the_variant",
+        COMPILER,
+        "i < at->option_count; i++)\n    hash",
+        "i < 9; i++)\n    hash",
+        (A_VARIANT,),
+    ),
+    Mutation(
+        "cached_file_may_be_cut_off",
+        CACHE,
+        "hash == hash_more(HASH_OF_NOTHING, data, size)",
+        "hash != 0",
+        (f"{COMPILING}::test_a_damaged_file_is_compiled_again",),
+    ),
+    Mutation(
+        "share_of_nothing_is_evaluated_on_a_gpu",
+        OPERATORS,
+        "else mask & counts",
+        "else mask",
+        (NOTHING_ON_A_GPU,),
+    ),
+    Mutation(
+        "folded_weights_of_another_device",
+        OPERATORS,
+        '    check_devices(student, (mask, weights), ("mask", "weights"))\n    positions',
+        "    positions",
+        (f"{ON_A_GPU}::test_one_tensor_elsewhere",),
+    ),
+    Mutation(
+        "host_waits_for_num_items",
+        ARGUMENTS,
+        "isinstance(num_items, Tensor) and _ops.is_on_gpu(num_items)",
+        "False",
+        (f"{ON_A_GPU}::test_losses_and_derivatives_do_not_wait",),
+    ),
+    Mutation(
+        "idle_positions_are_projected_as_they_are",
+        HEAD,
+        "            rows.masked_fill_(self.idle[start : start + len(rows)], 0)",
+        "            pass",
+        (IDLE,),
+    ),
+    Mutation(
+        "ids_that_no_head_has_are_others",
+        SPARSE,
+        ".masked_fill_(named >= vocabulary, math.nan)",
+        "",
+        (f"{ON_A_GPU}::test_ids_that_no_head_has_give_nan",),
+    ),
 )
 
 
 class Project:
     """A built copy of the project in a folder of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, with_emulation: bool) -> None:
         self.folder = folder
+        self.with_emulation = with_emulation
         self.build_folder = folder / "build"
         self.environment = {
             **os.environ,
             "PYTHONPATH": str(folder / "python"),
             "PYTHONDONTWRITEBYTECODE": "1",  # a fault of the same size in the same second is stale
             "OMP_NUM_THREADS": "1",  # tests of threading set their own
+            "TMPDIR": str(folder),  # an emulated GPU is built for each fault, and kept there
         }
         for name in COPIED:
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -1984,6 +2375,7 @@ class Project:
             "CMAKE_C_FLAGS_RELEASE": "-O1",
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": self.folder / "python" / "opdc",
             "OPDC_BUILD_TESTS": "ON",
+            "OPDC_BUILD_EMULATION": "ON" if self.with_emulation else "OFF",
             "Python_EXECUTABLE": sys.executable,
         }
         definitions = [f"-D{name}={value}" for name, value in options.items()]
@@ -2008,9 +2400,15 @@ class Project:
     def failure(self, tests: tuple[str, ...]) -> str | None:
         """The first failure in words, or None if all the tests pass."""
         commands = []
+        program = str(self.build_folder / "test_core")
         if C_TESTS in tests:
-            commands.append([str(self.build_folder / "test_core")])
-        if files := [f"tests/{name}" for name in tests if name != C_TESTS]:
+            commands.append([program])
+        if C_TESTS_ON_A_GPU in tests:
+            emulation = self.folder / "python" / "opdc" / "libopdc_emulation.so"
+            commands.append([program, "brief", str(emulation)])
+        if any(name.startswith(EMULATED) for name in tests):  # that it is built is no test
+            self.must(sys.executable, "-c", "from tests.emulated import library; library()")
+        if files := [f"tests/{name}" for name in tests if name.startswith("test_")]:
             pytest = ["-m", "pytest", "-n0", "-xq", "--tb=no", "-p", "no:cacheprovider", "-k"]
             # Compilers take minutes and see nothing of what a fault changes.
             selected = "not inductor and not test_compile"
@@ -2075,7 +2473,8 @@ def main() -> int:
 
     outcomes: dict[str, str | None] = {}
     with tempfile.TemporaryDirectory(prefix="opdc-mutations-") as folder:
-        project = Project(Path(folder).resolve())
+        with_emulation = any(C_TESTS_ON_A_GPU in mutation.tests for mutation in chosen)
+        project = Project(Path(folder).resolve(), with_emulation)
         project.build()
         project.check_imported()
         named = dict.fromkeys(test for mutation in chosen for test in mutation.tests)
