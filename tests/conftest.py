@@ -41,6 +41,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # A process keeps the compiler of kernels that it finds first. Most tests use that of the
+    # emulated GPU; those of the real one have processes of their own.
+    if config.getoption("--device") != "cuda":
+        os.environ["OPDC_NVRTC"] = "none-in-the-processes-of-tests"
     config.addinivalue_line("markers", "cpu_only: of what the host sees in tensors on a CPU only")
 
 

@@ -22,12 +22,6 @@ LICENSE = Path(__file__).parent.parent / "LICENSE"  # a text without markers
 TINY = ["bench", "--rows", "3", "--vocabulary", "1000", "--repeats", "2", "--threads", "1"]
 
 
-@pytest.fixture(autouse=True)
-def no_compiler(monkeypatch):
-    """An NVRTC that is found stays for the life of a process, in which other tests emulate one."""
-    monkeypatch.setattr(opdc.info, "cuda_compiler", lambda: "not looked for")
-
-
 def failure(capsys, *words):
     """What a call that has to fail says: one line, and exit status 2."""
     with pytest.raises(SystemExit) as stop:

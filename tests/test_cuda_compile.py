@@ -69,11 +69,9 @@ except Exception as error:
 CALLS = {
     "float32 reverse_kl": 90,
     "bfloat16 jsd": 100,
-    "float32 tropd": 80,
-    "float64 k1": 90,
+    "float64 k1": 80,
     "float64 topk": 80,
     "float32 sample": 90,
-    "float64 sample": 100,
 }
 
 

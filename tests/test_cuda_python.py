@@ -618,29 +618,6 @@ def test_a_step_of_a_rollout_waits_once(draft_length):
     assert waits(12) - waits(2) == (0 if draft_length else 10)  # a block asks by `tolist`, once
 
 
-def test_a_processor_learns_of_other_sequences_a_call_later(told, device):
-    teacher, _ = models()
-    prompts = torch.tensor([[1, 5, 9]])
-    others = torch.tensor([[2, 5, 9, 1]])
-
-    def calls(*sequences):
-        blend = opdc.hf.BlendLogitsProcessor(teacher, attention_mask=None, epsilon=0.1)
-        for ids in sequences:
-            assert blend(ids, torch.zeros(1, 16)).isfinite().all()
-
-    longer = torch.nn.functional.pad(others, (0, 1))
-    if device == "cpu":
-        with pytest.raises(ValueError, match="do not continue"):
-            calls(prompts, others)
-    with told():
-        calls(prompts, others)
-        calls(others, longer)
-        with pytest.raises(ValueError, match="do not continue"):
-            calls(prompts, others, longer)
-        with pytest.raises(ValueError, match="do not continue"):
-            calls(prompts, prompts)
-
-
 def test_only_the_first_batch_is_looked_at(told, device):
     pytest.importorskip("transformers")
     from opdc.hf.distill import warn_of_nothing

@@ -230,3 +230,14 @@ def test_combined_metrics():
         "log_ratio_max": 2.0,
     }
     assert opdc.metrics.combine([]) == {}
+
+
+def test_metrics_of_many_positions_are_those_of_their_parts():
+    """They are added in stretches of 256 positions, and those in batches of 16."""
+    count = 5000
+    student, teacher = torch.randn(2, count, 3, dtype=torch.float64).unbind()
+    tokens = torch.randint(0, 3, (count,))
+    _, whole = opdc.k1(student, teacher, tokens, return_metrics=True)
+    cut = zip(student.split(200), teacher.split(200), tokens.split(200), strict=True)
+    parts = [opdc.k1(*part, return_metrics=True)[1] for part in cut]
+    torch.testing.assert_close(opdc.metrics.combine(parts), whole)
