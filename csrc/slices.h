@@ -105,15 +105,16 @@ OUTLINED void combine_masses_of(const row_call *call, const row_input *input, co
   const temperature T = temperature_of(call);
   ROW_SHARED(batch, parts);
   int count = 0; /* of the batch */
-  for (int64_t i = 0; i < all->count; i++) {
-    const slice_part *of = part_of(all, i);
+  int64_t next = 0;
+  do { /* there is at least one */
+    const slice_part *of = part_of(all, next);
     parts->student[count] = of->student;
     parts->teacher[count] = input->teacher ? of->teacher : no_mass;
     parts->divergence[count++] = MAKE(kl_result){of->log_ratio, of->reverse_kl, of->forward_kl, 0};
-    if (count < BATCH && i + 1 < all->count) continue;
+    if (count < BATCH && next + 1 < all->count) continue;
     BY_ONE_TEAM combine_batch(parts, count, T);
     count = 1;
-  }
+  } while (++next < all->count);
   const mass student = parts->student[0], teacher = parts->teacher[0];
   const kl_result divergence = parts->divergence[0];
   row_sync();
