@@ -10,8 +10,7 @@
 opdc_status reserve_memory(plan *at, int64_t slices, opdc_error *error) {
   const int64_t team = at->call->threads < at->positions ? at->call->threads : at->positions;
   at->slices = slices;
-  const memory_parts parts = parts_of(at);
-  at->memory_bytes = parts.kept + parts.candidates + parts.entries + parts.gathered;
+  at->memory_bytes = workspace_bytes(at);
   if (at->memory_bytes == 0 || at->positions == 0) return OPDC_OK;
   if (at->memory_bytes < SIZE_MAX / (size_t)team)
     at->memory = malloc(at->memory_bytes * (size_t)team);

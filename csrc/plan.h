@@ -100,6 +100,11 @@ OUTLINED_INLINE memory_parts parts_of(const plan *at) {
   return parts;
 }
 
+static inline size_t workspace_bytes(const plan *at) {
+  const memory_parts parts = parts_of(at);
+  return parts.kept + parts.candidates + parts.entries + parts.gathered;
+}
+
 OUTLINED_INLINE workspace workspace_of(const plan *at, int thread) {
   const memory_parts parts = parts_of(at);
   char *memory;

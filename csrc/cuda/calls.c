@@ -5,8 +5,7 @@
 
 /* The workspaces of thread blocks, in the plan that they are given. */
 static opdc_status reserve_blocks(const gpu *on, int64_t blocks, plan *at, opdc_error *error) {
-  const memory_parts parts = parts_of(at);
-  at->memory_bytes = parts.kept + parts.candidates + parts.entries + parts.gathered;
+  at->memory_bytes = workspace_bytes(at);
   return gpu_allocate(on, at->memory_bytes * (size_t)blocks, &at->memory, error);
 }
 
